@@ -1,0 +1,42 @@
+# Two commands: `make demo` (install, run every paper notebook in profile smoke, end with a page) and `make test`.
+
+PYTHON  ?= python3.11
+PROFILE ?= smoke
+OUT     ?= out/$(PROFILE)
+BIN     := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo report test sync install clean
+.DEFAULT_GOAL := demo
+
+demo: install
+	caf-report --profile smoke --out out/smoke
+
+report: install
+	caf-report --profile $(PROFILE) --out $(OUT)
+
+test: install sync
+	nbdev_test --n_workers 1 --do_print --skip_file_re '^(table|figure|discrepancies|benchmark|claims)'
+	pytest
+
+# The notebooks are the source: exporting and cleaning them once more must change nothing.
+sync: install
+	@before=$$(git status --porcelain; git diff | git hash-object --stdin); \
+	nbdev_export && nbdev_clean && python tools/stale.py && \
+	after=$$(git status --porcelain; git diff | git hash-object --stdin); \
+	if [ "$$before" != "$$after" ]; then \
+	  git status --short; echo "The notebooks and caf_nb/ are out of step: run nbdev_export and nbdev_clean, then commit."; exit 1; fi
+	@echo "notebooks and caf_nb/ are in sync and clean"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Installing PyTorch and friends into .venv: about 7 GB, a few minutes."
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[all]'
+	touch $@
+
+clean:
+	rm -rf .venv out/smoke out/cache

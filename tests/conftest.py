@@ -1,0 +1,21 @@
+"""Fixtures that all tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def shared() -> Path:
+    "The reference data beside the checkout; mark such a test with `pytest.mark.shared`."
+    if not SHARED.is_dir():
+        pytest.skip(f"no reference data: {SHARED} is absent")
+    return SHARED
