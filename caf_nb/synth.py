@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'TASK_CLASSES', 'MATERIALS', 'CAST', 'Material', 'View', 'project', 'draw_view', 'Part', 'person', 'rider',
            'car', 'car_profile', 'bus', 'truck', 'motorcycle', 'bike', 'lamp', 'cone', 'car_stop', 'bump', 'guardrail',
-           'sign', 'Canvas', 'tree', 'scenery', 'Thing', 'silhouette', 'cast', 'place', 'infrared', 'visible', 'Render',
-           'yolo_box', 'render', 'SynthScenes', 'show_scenes']
+           'sign', 'project_parts', 'Canvas', 'tree', 'scenery', 'Thing', 'silhouette', 'cast', 'place', 'infrared',
+           'visible', 'Render', 'yolo_box', 'render', 'SynthScenes', 'show_scenes']
 
 # %% ../nbs/02_synth.ipynb #97fc7abb
 from collections.abc import Callable, Sequence
@@ -176,13 +176,16 @@ def car_profile(rng: Generator) -> list[Part]:
     return [_poly("body", [(-2.1, 0.3), (2.1, 0.3), (2.12, 0.72), (1.1, 0.92), (-2.1, 0.95)], rgb=paint),
             _poly("bonnet", [(1.05, 0.55), (2.1, 0.5), (2.1, 0.72), (1.1, 0.92)], rgb=_shade(paint, 1.1)),
             _poly("body", [(-1.7, 0.9), (1.2, 0.9), (0.5, 1.48), (-1.15, 1.48)], rgb=_shade(paint, 0.85)),
-            _poly("glass", [(-1.45, 0.95), (-0.4, 0.95), (-0.4, 1.38), (-1.05, 1.38)]), _poly("glass", [(-0.3, 0.95), (0.9, 0.95), (0.42, 1.38), (-0.3, 1.38)]),
-            _disc("tyre", -1.3, 0.34, 0.36), _disc("tyre", 1.3, 0.34, 0.36), _disc("headlight", 2.02, 0.66, 0.11), _disc("taillight", -2.03, 0.75, 0.11)]
+            _poly("glass", [(-1.45, 0.95), (-0.4, 0.95), (-0.4, 1.38), (-1.05, 1.38)]),
+            _poly("glass", [(-0.3, 0.95), (0.9, 0.95), (0.42, 1.38), (-0.3, 1.38)]),
+            _disc("tyre", -1.3, 0.34, 0.36), _disc("tyre", 1.3, 0.34, 0.36),
+            _disc("headlight", 2.02, 0.66, 0.11), _disc("taillight", -2.03, 0.75, 0.11)]
 
 def bus(rng: Generator, front: bool) -> list[Part]:
     "A bus: one tall box of glass, its engine at the back."
     paint = _pick(rng, _PAINTS)
-    sides = [_poly("glass", [(x, 1.35, a), (x, 1.35, a + 1.5), (x, 2.45, a + 1.5), (x, 2.45, a)]) for x in (-1.26, 1.26) for a in (0.6, 2.6, 4.6, 6.6)]
+    sides = [_poly("glass", [(x, 1.35, a), (x, 1.35, a + 1.5), (x, 2.45, a + 1.5), (x, 2.45, a)])
+             for x in (-1.26, 1.26) for a in (0.6, 2.6, 4.6, 6.6)]
     box = _block("body", 1.25, 0.35, 3.0, 0., 8.5, paint)
     heat = _rect("bonnet", -0.9, 0.9, 0.42, 0.62 if front else 1.15, rgb=(50, 50, 55))
     return [*_wheels(0.95, 0.42), *box[:2], *sides, *box[2:], _rect("glass", -1.12, 1.12, 1.25 if front else 1.6, 2.5),
@@ -197,34 +200,40 @@ def truck(rng: Generator, front: bool) -> list[Part]:
         doors = [_line("black", [(0, 0.9), (0, 3.15)], 0.08), _line("black", [(-1.2, 2.0), (1.2, 2.0)], 0.06)]
         return [*under, *cargo, *doors, _rect("engine", 0.45, 0.85, 0.3, 0.6), *_lights(False, 1.05, 0.72, 0.15)]
     cab = _block("body", 1.1, 0.4, 2.45, 0., 1.9, paint)
-    return [*cargo, *under, *cab, _rect("glass", -0.98, 0.98, 1.45, 2.25), _rect("engine", -0.75, 0.75, 0.6, 1.2), *_lights(True, 0.88, 0.7, 0.16)]
+    return [*cargo, *under, *cab, _rect("glass", -0.98, 0.98, 1.45, 2.25), _rect("engine", -0.75, 0.75, 0.6, 1.2),
+            *_lights(True, 0.88, 0.7, 0.16)]
 
 # %% ../nbs/02_synth.ipynb #d71443a6
 def motorcycle(rng: Generator) -> list[Part]:
     "A motorcycle that heads to the right."
     paint = _pick(rng, _PAINTS)
-    return [_disc("tyre", -0.7, 0.34, 0.36), _disc("tyre", 0.72, 0.34, 0.36), _disc("black", -0.7, 0.34, 0.14), _disc("black", 0.72, 0.34, 0.14),
-            _line("frame", [(0.72, 0.34), (0.46, 1.0)], 0.1, (90, 90, 95)), _line("engine", [(0.1, 0.3), (-0.95, 0.36)], 0.12, (150, 150, 155)),
+    return [_disc("tyre", -0.7, 0.34, 0.36), _disc("tyre", 0.72, 0.34, 0.36),
+            _disc("black", -0.7, 0.34, 0.14), _disc("black", 0.72, 0.34, 0.14),
+            _line("frame", [(0.72, 0.34), (0.46, 1.0)], 0.1, (90, 90, 95)),
+            _line("engine", [(0.1, 0.3), (-0.95, 0.36)], 0.12, (150, 150, 155)),
             _poly("engine", [(-0.32, 0.28), (0.3, 0.28), (0.4, 0.68), (-0.35, 0.66)]),
             _poly("body", [(-0.95, 0.86), (-0.3, 0.68), (0.42, 0.68), (0.5, 0.98), (0.1, 1.02), (-0.35, 0.86)], rgb=paint),
-            _line("frame", [(0.42, 0.98), (0.36, 1.16)], 0.09, (60, 60, 65)), _disc("headlight", 0.58, 0.92, 0.12), _disc("taillight", -0.93, 0.82, 0.08)]
+            _line("frame", [(0.42, 0.98), (0.36, 1.16)], 0.09, (60, 60, 65)),
+            _disc("headlight", 0.58, 0.92, 0.12), _disc("taillight", -0.93, 0.82, 0.08)]
 
 def bike(rng: Generator) -> list[Part]:
     "A bicycle that heads to the right."
     paint = _pick(rng, _PAINTS)
-    bars = [[(-0.55, 0.34), (-0.05, 0.32), (0.4, 0.82), (-0.2, 0.78), (-0.55, 0.34)], [(-0.05, 0.32), (-0.22, 0.92)], [(0.58, 0.34), (0.38, 0.98)]]
-    return [_disc("tyre", -0.55, 0.34, 0.34, shape="ring"), _disc("tyre", 0.58, 0.34, 0.34, shape="ring"), *[_line("frame", b, 0.08, paint) for b in bars],
-            _line("black", [(-0.34, 0.93), (-0.12, 0.93)], 0.09), _line("frame", [(0.3, 1.0), (0.48, 1.0)], 0.08, (60, 60, 65)),
-            _disc("taillight", -0.4, 0.72, 0.06)]
+    bars = [[(-0.55, 0.34), (-0.05, 0.32), (0.4, 0.82), (-0.2, 0.78), (-0.55, 0.34)],
+            [(-0.05, 0.32), (-0.22, 0.92)], [(0.58, 0.34), (0.38, 0.98)]]
+    return [_disc("tyre", -0.55, 0.34, 0.34, shape="ring"), _disc("tyre", 0.58, 0.34, 0.34, shape="ring"),
+            *[_line("frame", b, 0.08, paint) for b in bars], _line("black", [(-0.34, 0.93), (-0.12, 0.93)], 0.09),
+            _line("frame", [(0.3, 1.0), (0.48, 1.0)], 0.08, (60, 60, 65)), _disc("taillight", -0.4, 0.72, 0.06)]
 
 # %% ../nbs/02_synth.ipynb #327785e2
 def lamp(rng: Generator) -> list[Part]:
     "A street lamp: a lantern on a post, or two arms."
     if rng.random() < 0.5:
-        return [_line("post", [(0, 0), (0, 2.9)], 0.16), _rect("post", -0.2, 0.2, 0, 0.3), _poly("lantern", [(-0.2, 2.8), (0.2, 2.8), (0.34, 3.35), (-0.34, 3.35)]),
+        return [_line("post", [(0, 0), (0, 2.9)], 0.16), _rect("post", -0.2, 0.2, 0, 0.3),
+                _poly("lantern", [(-0.2, 2.8), (0.2, 2.8), (0.34, 3.35), (-0.34, 3.35)]),
                 _poly("post", [(-0.4, 3.35), (0.4, 3.35), (0, 3.6)])]
-    return [_line("post", [(0, 0), (0, 3.5)], 0.16), _line("post", [(-0.75, 3.4), (0.75, 3.4)], 0.13),
-            *[_poly("lantern", [(x - 0.3, 3.18), (x + 0.3, 3.18), (x + 0.2, 3.44), (x - 0.2, 3.44)]) for x in (-0.7, 0.7)]]
+    heads = [_poly("lantern", [(x - 0.3, 3.18), (x + 0.3, 3.18), (x + 0.2, 3.44), (x - 0.2, 3.44)]) for x in (-0.7, 0.7)]
+    return [_line("post", [(0, 0), (0, 3.5)], 0.16), _line("post", [(-0.75, 3.4), (0.75, 3.4)], 0.13), *heads]
 
 def cone(rng: Generator) -> list[Part]:
     "A traffic cone, 0.95 m tall."
@@ -252,7 +261,12 @@ def sign(rng: Generator) -> list[Part]:
     "A traffic sign, to be mistaken for a lamp."
     return [_line("post", [(0, 0), (0, 2.2)], 0.1), _disc("red", 0, 2.2, 0.34), _disc("film", 0, 2.2, 0.2)]
 
-# %% ../nbs/02_synth.ipynb #ac940092
+# %% ../nbs/02_synth.ipynb #59bb5d96
+def project_parts(view: View, s: float, x: float, parts: Sequence[Part]) -> list[np.ndarray]:
+    "The points of every part in pixels, (k,2) each, in one projection."
+    points = project(view, s, x, np.concatenate([p.xyz for p in parts]))
+    return np.split(points, np.cumsum([len(p.xyz) for p in parts])[:-1])
+
 _FINE = 3           # canvas pixels a pixel
 _EQUILIBRIUM = 0    # byte of the temperature canvas
 def _byte(kelvin: float) -> int: return min(max(round(88 + 8 * kelvin), 1), 255) # -10.9 to 20.9 K
@@ -274,9 +288,8 @@ class Canvas:
 
     def paint(self, parts: Sequence[Part], s: float, x: float, number: int = 0):
         "Paint a thing of scale `s` at `x` metres under a number (0: scenery)."
-        for part in parts:
-            points = project(self.view, s, x, part.xyz)
-            if part.material in ("lantern", "headlight", "taillight"): self.lights.append((part.material, *points.mean(0), s, number))
+        for part, points in zip(parts, project_parts(self.view, s, x, parts)):
+            if part.material in ("lantern", "headlight", "taillight"): self.lights.append((part.material, *points.mean(0), s))
             self.shape(part, points * _FINE, s * _FINE, self.inks(part, number))
 
     def shape(self, part: Part, xy: np.ndarray, s: float, inks: tuple):
@@ -286,8 +299,8 @@ class Canvas:
             if part.shape == "poly": pen.polygon(flat, fill=ink)
             elif part.shape == "line": pen.line(flat, fill=ink, width=max(round(size), _FINE), joint="curve")
             else:
-                (u, v), ring = flat[0], part.shape == "ring"
-                pen.ellipse((u - size, v - size, u + size, v + size), fill=None if ring else ink, outline=ink, width=max(round(0.2 * size), _FINE) if ring else 1)
+                (u, v), rim = flat[0], max(round(0.2 * size), _FINE) if part.shape == "ring" else 0
+                pen.ellipse((u - size, v - size, u + size, v + size), fill=None if rim else ink, outline=ink, width=rim or 1)
 
     def samples(self) -> np.ndarray:
         "(H,W) uint8: the number of the thing in the middle of every pixel."
@@ -297,51 +310,60 @@ class Canvas:
 _ROAD, _PAVED = 2.4, 4.2 # half widths in metres
 
 def _strip(material: str, left: float, right: float, near: float, far: float, rgb=None, pieces=14) -> Part:
-    "A strip of ground along the road, between two distances in metres."
+    "A strip of ground along the road, between two distances in metres; its foot is at `near`."
     z = np.geomspace(near, far, pieces)
-    return Part("poly", np.concatenate([np.stack([np.full_like(z, x), 0 * z, d - near], 1) for x, d in ((left, z), (right, z[::-1]))]), material, 0., rgb)
+    edges = [np.stack([np.full_like(z, x), 0 * z, d - near], 1) for x, d in ((left, z), (right, z[::-1]))]
+    return Part("poly", np.concatenate(edges), material, 0., rgb)
 
 def _ground(view: View, canvas: Canvas, rng: Generator, curve: int):
     near = _CAMERA_HEIGHT * view.unit / (view.h - view.horizon) * 0.9
     s = view.unit / near
     grey = _shade(MATERIALS["road"].rgb, rng.uniform(0.7, 1.25))
     grass = _shade(MATERIALS["grass"].rgb, rng.uniform(0.7, 1.2))
-    canvas.paint([_strip("grass", -500, 500, near, 4000, grass), _strip("pavement", -_PAVED, _PAVED, near, 900), _strip("road", -_ROAD, _ROAD, near, 900, grey)], s, 0.)
-    canvas.paint([_strip("paint", -0.06, 0.06, near + z, near + z + 1.2, pieces=3) for z in np.arange(rng.uniform(0, 2), 30, 2.6)], s, 0.)
+    dashes = [_strip("paint", -0.06, 0.06, near + z, near + z + 1.2, pieces=3) for z in np.arange(rng.uniform(0, 2), 30, 2.6)]
+    canvas.paint([_strip("grass", -500, 500, near, 4000, grass), _strip("pavement", -_PAVED, _PAVED, near, 900),
+                  _strip("road", -_ROAD, _ROAD, near, 900, grey), *dashes], s, 0.)
     for x in (-_ROAD, _ROAD): canvas.paint([_strip("kerb", x - 0.13, x + 0.13, near, 60)], s, 0., curve)
 
 def _skyline(view: View, canvas: Canvas, rng: Generator):
     s, x = view.unit / 60., -70.
     while x < 70:
         width, height, tone = rng.uniform(5, 14), rng.uniform(5, 19), rng.uniform(0.6, 1.3)
-        canvas.paint([_rect("building", 0, width, 0, height, rgb=_shade(MATERIALS["building"].rgb, tone))], s, x)
-        canvas.paint([_rect("window", a, a + 1.2, b, b + 1.4) for a in np.arange(1, width - 1.5, 2.6) for b in np.arange(3, height - 2, 3.) if rng.random() < 0.8], s, x)
+        wall = _rect("building", 0, width, 0, height, rgb=_shade(MATERIALS["building"].rgb, tone))
+        corners = [(a, b) for a in np.arange(1, width - 1.5, 2.6) for b in np.arange(3, height - 2, 3.) if rng.random() < 0.8]
+        canvas.paint([wall, *[_rect("window", a, a + 1.2, b, b + 1.4) for a, b in corners]], s, x)
         x += width + rng.choice([0., 0., 4., 12.])
 
 def tree(rng: Generator) -> list[Part]:
     "A trunk and a crown of discs."
     green, size = _shade(MATERIALS["leaves"].rgb, rng.uniform(0.7, 1.3)), rng.uniform(0.8, 1.3)
-    crown = [_disc("leaves", *rng.normal(0, 0.55, 2) * size + (0, 3.6 * size), rng.uniform(0.6, 1.0) * size)._replace(rgb=_shade(green, rng.uniform(0.8, 1.2))) for _ in range(9)]
+    crown = [_disc("leaves", *rng.normal((0, 3.6), 0.55) * size, rng.uniform(0.6, 1.0) * size) for _ in range(9)]
+    crown = [leaves._replace(rgb=_shade(green, rng.uniform(0.8, 1.2))) for leaves in crown]
     return [_line("trunk", [(0, 0), (0, 3. * size)], 0.3), *crown]
 
 def scenery(view: View, canvas: Canvas, rng: Generator, curve: int):
     "Paint everything that stands where it always stood; kerbs get the number `curve`."
     sky = _rect("sky", -1e3, 1e3, 0, 1e3, rgb=_shade(MATERIALS["sky"].rgb, rng.uniform(0.75, 1.1)))
     canvas.paint([sky], view.unit / 100, 0.)
-    canvas.paint([_disc("cloud", x + a, y + b, r) for x, y in zip(rng.uniform(-60, 60, 4), rng.uniform(22, 50, 4)) for a, b, r in ((-5, 0, 3), (0, 1, 4), (5, 0, 3))], view.unit / 100, 0.)
+    clouds = zip(rng.uniform(-60, 60, 3), rng.uniform(24, 46, 3), rng.uniform(0.7, 1.4, 3))
+    puffs = ((-7, 0, 1.8), (-3, 0.6, 3.), (2, 1.2, 3.6), (6, 0.2, 2.4), (9, -0.3, 1.4))
+    canvas.paint([_disc("cloud", x + a * size, y + b, r * size) for x, y, size in clouds for a, b, r in puffs], view.unit / 100, 0.)
     _skyline(view, canvas, rng)
     _ground(view, canvas, rng, curve)
-    for s in np.sort(rng.uniform(0.02, 0.09, rng.integers(3, 7))): canvas.paint(tree(rng), s * view.unit, rng.choice([-1, 1]) * rng.uniform(5, 7.5))
+    for s in np.sort(rng.uniform(0.02, 0.09, rng.integers(3, 7))):
+        canvas.paint(tree(rng), s * view.unit, rng.choice([-1, 1]) * rng.uniform(5, 7.5))
 
-# %% ../nbs/02_synth.ipynb #b56c102c
-CAST = (("bus", "cone", "guardrail"), ("motorcycle", "car_stop", "bump"), ("truck", "cone", "bike"), ("motorcycle", "car_stop", "guardrail", "bump"))
-_EXTRAS = (("person", 0.7), ("person", 0.35), ("car", 0.5), ("lamp", 0.4), ("bike", 0.2), ("cone", 0.25), ("car_stop", 0.2), ("sign", 0.35), ("bump", 0.1), ("guardrail", 0.1))
+# %% ../nbs/02_synth.ipynb #ada1e30c
+CAST = (("bus", "cone", "guardrail"), ("motorcycle", "car_stop", "bump"), ("truck", "cone", "bike"), ("motorcycle", "car_stop", "guardrail"))
+_EXTRAS = (("person", 0.6), ("person", 0.35), ("car", 0.5), ("lamp", 0.4), ("bike", 0.2), ("cone", 0.25), ("car_stop", 0.2),
+           ("sign", 0.35), ("bump", 0.1), ("guardrail", 0.1)) # kind, chance
 
 _SCALE = { # kind -> pixels a metre, relative to min(H, W): range
-    "person": (0.085, 0.185), "car": (0.085, 0.17), "bus": (0.07, 0.13), "truck": (0.07, 0.13), "motorcycle": (0.10, 0.19), "bike": (0.11, 0.19),
-    "lamp": (0.07, 0.14), "cone": (0.12, 0.21), "car_stop": (0.12, 0.21), "guardrail": (0.12, 0.2), "bump": (0.13, 0.24), "sign": (0.08, 0.15)}
+    "person": (0.085, 0.185), "car": (0.07, 0.16), "bus": (0.07, 0.13), "truck": (0.07, 0.13), "motorcycle": (0.10, 0.19),
+    "bike": (0.11, 0.19), "lamp": (0.07, 0.14), "cone": (0.12, 0.21), "car_stop": (0.12, 0.21), "guardrail": (0.12, 0.2),
+    "bump": (0.13, 0.24), "sign": (0.08, 0.15)}
 _PLACE = { # kind -> distance from the middle of the road in metres: range
-    "person": (0., 3.8), "car": (0.9, 1.5), "bus": (1.0, 1.5), "truck": (1.0, 1.5), "motorcycle": (0.5, 2.0), "bike": (1.2, 3.4),
+    "person": (0., 3.8), "car": (0.9, 1.6), "bus": (1.0, 1.5), "truck": (1.0, 1.5), "motorcycle": (0.5, 2.0), "bike": (1.2, 3.4),
     "lamp": (2.8, 3.8), "cone": (0.3, 2.8), "car_stop": (1.6, 3.2), "guardrail": (2.7, 3.0), "bump": (0., 0.), "sign": (2.8, 3.8)}
 
 class Thing(NamedTuple):
@@ -363,10 +385,10 @@ def cast(rng: Generator, i: int, seed: int) -> list[str]:
     "The kinds in scene `i`."
     return [*CAST[(i // 2 + seed) % len(CAST)], "person", "car", "lamp", *[kind for kind, p in _EXTRAS if rng.random() < p]]
 
-# %% ../nbs/02_synth.ipynb #6dbea9ff
+# %% ../nbs/02_synth.ipynb #044a8d71
 def _extent(view: View, s: float, x: float, parts: list[Part]) -> np.ndarray:
     "(4,) left, top, right, bottom in pixels, not cut at the image border."
-    points = np.concatenate([project(view, s, x, p.xyz) for p in parts])
+    points = np.concatenate(project_parts(view, s, x, parts))
     return np.concatenate([points.min(0), points.max(0)])
 
 def _shared(a: np.ndarray, b: np.ndarray) -> float:
@@ -384,7 +406,7 @@ def place(rng: Generator, view: View, kinds: Sequence[str]) -> list[Thing]:
     "Find a place for each kind, in order of preference. Returns the things from far to near."
     frame, placed, taken = np.array([0, 0, view.w, view.h], float), [], []
     for kind in kinds:
-        limit = 0.7 if kind == "guardrail" else 0.25
+        limit = {"guardrail": 0.7, "car": 0.4}.get(kind, 0.25)
         for _ in range(14):
             thing = _try(rng, view, kind)
             box = _extent(view, *thing[2:], thing.parts)
@@ -432,8 +454,8 @@ _WARM = np.array([1.0, 0.86, 0.62], np.float32) # colour of lamp light
 def _illumination(rng: Generator, view: View, night: bool, lights: list) -> np.ndarray:
     "(H,W,3) light that falls on the scene."
     level = rng.uniform(0.045, 0.075) * np.array([0.85, 0.95, 1.2]) if night else rng.uniform(0.7, 1.0) * np.array([1.03, 1.0, 0.95])
-    light = np.broadcast_to(level.astype(np.float32), (view.h, view.w, 3)) * (1 + 0.08 * _smooth(rng, view.h, view.w, 2)[..., None])
-    for material, x, y, s, _ in lights if night else ():
+    light = level.astype(np.float32) * (1 + 0.08 * _smooth(rng, view.h, view.w, 2)[..., None])
+    for material, x, y, s in lights if night else ():
         if material == "lantern": light = light + 0.16 * _WARM * _spot(view.h, view.w, x, y + 3. * s, 1.4 * s, 0.5 * s)
     return light
 
@@ -441,11 +463,11 @@ def _glare(rng: Generator, view: View, night: bool, lights: list) -> np.ndarray:
     "(H,W,3) light scattered in the lens: halos of lamps, blinding headlights, by day now and then the sun."
     h, w = view.h, view.w
     veil = np.zeros((h, w, 3), np.float32)
-    if not night: return veil + (0.9 * _spot(h, w, rng.uniform(0, w), 0, 0.3 * w, 0.35 * h) if rng.random() < 0.12 else 0.)
+    if not night: return veil + (0.9 * _spot(h, w, rng.uniform(0, w), 0, 0.3 * w, 0.35 * h) if rng.random() < 0.12 else np.float32(0))
     blinding = rng.uniform(0.35, 0.9) if rng.random() < 0.5 else 0.
-    for material, x, y, s, _ in lights:
+    for material, x, y, s in lights:
         if material == "lantern": veil += 0.3 * _WARM * _spot(h, w, x, y, 0.5 * s, 0.5 * s)
-        if material == "headlight": veil += 0.35 * _spot(h, w, x, y, 0.28 * s, 0.28 * s) + blinding * _spot(h, w, x, y, 1.3 * s, 0.7 * s)
+        if material == "headlight": veil += 0.35 * _spot(h, w, x, y, 0.28 * s, 0.28 * s) + blinding * _spot(h, w, x, y, 1.2 * s, 0.6 * s)
         if material == "taillight": veil += np.float32([0.3, 0.03, 0.02]) * _spot(h, w, x, y, 0.25 * s, 0.25 * s)
     return veil
 
@@ -454,7 +476,9 @@ def _smoke(rng: Generator, view: View) -> np.ndarray:
     h, w, chance = view.h, view.w, rng.random()
     if chance > 0.34: return np.zeros((h, w, 1), np.float32)
     wisps = np.clip(0.85 + 0.3 * _smooth(rng, h, w, 5)[..., None], 0, 1)
-    if chance > 0.12: return np.clip(1.25 * _spot(h, w, w * rng.uniform(0.15, 0.85), h * rng.uniform(0.45, 0.7), 0.13 * view.unit, 0.2 * view.unit), 0, 0.97) * wisps
+    if chance > 0.12:
+        spot = _spot(h, w, w * rng.uniform(0.15, 0.85), h * rng.uniform(0.45, 0.7), 0.13 * view.unit, 0.2 * view.unit)
+        return np.clip(1.25 * spot, 0, 0.97) * wisps
     return 0.85 * _spot(h, w, w / 2, view.horizon + 0.02 * h, 10 * w, 0.12 * h) * wisps
 
 def visible(rng: Generator,
@@ -555,7 +579,7 @@ class SynthScenes(Sequence):
 
     def __getitem__(self, i):
         if isinstance(i, slice): return [self[k] for k in range(*i.indices(self.n))]
-        return self._scene(self.render(i))._replace(stem=self.stem(i))
+        return self._scene(self.stem(i), self.render(i))
 
     def _index(self, i: int) -> int:
         if not -self.n <= i < self.n: raise IndexError(f"scene {i} of {self.n}")
@@ -569,13 +593,15 @@ class SynthScenes(Sequence):
         "Scene `i` with the number of the thing at each pixel; the images are those of `self[i]`."
         return render(self._index(i), *self.size, self.seed)
 
-    def _scene(self, drawn: Render) -> Scene:
+    def _scene(self, stem: str, drawn: Render) -> Scene:
+        "Give the things of a drawing the class numbers of the task."
         rows = []
         for number, kind in enumerate(drawn.kinds, 1):
             name = KINDS[kind][_COLUMN[self.task]]
-            if name is not None and (where := drawn.ids == number).any(): rows.append((self.box_classes.index(name), *yolo_box(where)))
+            where = drawn.ids == number
+            if name is not None and where.any(): rows.append((self.box_classes.index(name), *yolo_box(where)))
         number_to_class = _MASK[[0, *[1 + list(KINDS).index(kind) for kind in drawn.kinds]]]
-        return Scene("", torch.from_numpy(drawn.ir)[None], torch.from_numpy(drawn.vi).permute(2, 0, 1).contiguous(),
+        return Scene(stem, torch.from_numpy(drawn.ir)[None], torch.from_numpy(drawn.vi).permute(2, 0, 1).contiguous(),
                      torch.tensor(rows, dtype=torch.float32).reshape(-1, 5), torch.from_numpy(number_to_class[drawn.ids]))
 
 # %% ../nbs/02_synth.ipynb #68671ad4
@@ -586,7 +612,8 @@ def show_scenes(scenes: Sequence[Scene],
     "Each scene in a row: ir, vi, and vi with boxes and the class mask."
     from matplotlib import pyplot as plt # only who draws pays for the import
     h, w = scenes[0].mask.shape
-    if axes is None: axes = plt.subplots(len(scenes), 3, figsize=(5.4, 1.8 * len(scenes) * h / w), squeeze=False, layout="constrained")[1]
+    if axes is None:
+        axes = plt.subplots(len(scenes), 3, figsize=(5.4, 1.8 * len(scenes) * h / w), squeeze=False, layout="constrained")[1]
     for scene, row in zip(scenes, axes):
         vi = scene.vi.permute(1, 2, 0)
         row[0].imshow(scene.ir[0], cmap="gray", vmin=0, vmax=1)

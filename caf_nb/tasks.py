@@ -63,6 +63,10 @@ def _set_deterministic(values: tuple) -> None:
     torch.use_deterministic_algorithms(values[0], warn_only=values[1])
     torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory = values[2:]
 
+def _set_safe_globals(entries: list) -> None:
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(entries)
+
 _PROCESS_STATE = (
     (lambda: dict(os.environ), _set_environ),
     (random.getstate, random.setstate),
@@ -73,6 +77,7 @@ _PROCESS_STATE = (
     (torch.get_num_threads, torch.set_num_threads),
     (cv2.getNumThreads, cv2.setNumThreads),
     (np.get_printoptions, lambda options: np.set_printoptions(**options)),
+    (torch.serialization.get_safe_globals, _set_safe_globals),
     (lambda: torch.save, lambda save: setattr(torch, "save", save)),
 )
 
@@ -92,10 +97,7 @@ def _import_ultralytics() -> None:
     folder = tempfile.mkdtemp(prefix="caf_nb_ultralytics_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=folder)
-    try: _optional("ultralytics")
-    except CafError:
-        sys.modules.pop("ultralytics", None)
-        raise
+    _optional("ultralytics")
     torch.set_printoptions(profile="default")
     _optional("ultralytics.utils").set_logging(verbose=True)  # its own default, for whoever uses it beside us
 
@@ -164,7 +166,7 @@ def _yolo_batch(images: Tensor,          # (B,3,H,W) in [0,1]
     "Pad the images to multiples of 32, and put the boxes of all images in one list with the index of their image."
     h, w = images.shape[-2:]
     tall, wide = (-(-side // _STRIDE) * _STRIDE for side in (h, w))
-    rows = torch.cat([t.to(images.device, torch.float32).reshape(-1, 5) for t in targets])
+    rows = torch.cat([t.to(images.device, torch.float32) for t in targets])
     index = torch.cat([torch.full((len(t),), i, device=images.device) for i, t in enumerate(targets)])
     return {"img": F.pad(images, (0, wide - w, 0, tall - h), value=_PAD_GRAY), "batch_idx": index.float(), "cls": rows[:, :1],
             "bboxes": rows[:, 1:] * rows.new_tensor([w / wide, h / tall, w / wide, h / tall])}
@@ -191,7 +193,7 @@ class Detector(nn.Module):
     ) -> Tensor:                                # scalar
         "Box, class and distance loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes."
         _check_images(images, len(targets))
-        for rows in targets: _check_classes(rows[:, 0] if len(rows) else rows.new_zeros(1), self.classes)
+        for rows in targets: _check_rows(rows, self.classes)
         parts, _ = self.net.loss(_yolo_batch(images, targets))
         return parts.sum() / len(images)
 
@@ -216,6 +218,12 @@ def _check_classes(labels: Tensor,         # any shape
     wrong = labels[((labels < 0) | (labels >= len(classes))) & (labels != ignore)]
     if len(wrong): raise CafError(f"class index {int(wrong[0])} in the labels, but there are {len(classes)} classes", remedy="Map the labels by class name")
 
+def _check_rows(rows: Tensor, classes: Sequence[str]) -> None:
+    "Raises `CafError` unless `rows` are the boxes of one image, (n,5), with known classes."
+    if rows.ndim != 2 or rows.shape[1] != 5:
+        raise CafError(f"boxes have shape {tuple(rows.shape)} instead of (n,5)", remedy="Give rows of class, cx, cy, w, h")
+    _check_classes(rows[:, 0], classes)
+
 # %% ../nbs/05_tasks.ipynb #29458d39
 SEGMENTERS = {"tiny": dict(hidden_sizes=(16, 32, 48, 64), num_attention_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1), decoder_hidden_size=64),
               "b0": dict(hidden_sizes=(32, 64, 160, 256), num_attention_heads=(1, 2, 5, 8), depths=(2, 2, 2, 2), decoder_hidden_size=256),
@@ -224,14 +232,16 @@ SEGMENTERS = {"tiny": dict(hidden_sizes=(16, 32, 48, 64), num_attention_heads=(1
 @contextmanager
 def _quiet_transformers() -> Iterator[ModuleType]:
     "The library, with its report on new layers and its progress bars switched off."
-    library = _optional("transformers")
-    log = library.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error(); log.disable_progress_bar()
-    try: yield library
-    finally:
-        log.set_verbosity(level)
-        if bar: log.enable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library = _optional("transformers")
+        log = library.logging
+        level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error(); log.disable_progress_bar()
+        try: yield library
+        finally:
+            log.set_verbosity(level)
+            if bar: log.enable_progress_bar()
 
 # %% ../nbs/05_tasks.ipynb #dcc70abe
 def _segmentation_network(model: str,                # one of `SEGMENTERS`
@@ -251,7 +261,7 @@ def _segmentation_network(model: str,                # one of `SEGMENTERS`
         if folder is None: return library.SegformerForSemanticSegmentation(config)
         try:
             return library.SegformerForSemanticSegmentation.from_pretrained(
-                str(folder), config=config, local_files_only=True, ignore_mismatched_sizes=False)
+                str(folder), config=config, local_files_only=True)
         except (OSError, RuntimeError, ValueError) as error:
             cause = f"cannot be loaded into SegFormer {model} ({str(error).strip().splitlines()[0]})"
             raise CafError(cause, folder, "Ask for the size that the folder holds") from None
@@ -297,4 +307,4 @@ class Segmenter(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         "Write the weights to `folder`, where `weights=` reads them."
-        self.net.save_pretrained(str(folder))
+        with _quiet_transformers(): self.net.save_pretrained(str(folder))

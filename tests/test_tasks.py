@@ -1,0 +1,294 @@
+"""The task networks and their training, as a user of the library meets them."""
+
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from caf_nb.core import CafError, DetectorSettings, Profile, SegmenterSettings
+from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, read_image, to_uint8
+from caf_nb.synth import SynthScenes
+from caf_nb.tasks import Detector, Segmenter, Task, contained_ultralytics
+from caf_nb.train import evaluate_detector, evaluate_segmenter, finetune_detector, finetune_segmenter, write_yolo_folder
+
+SIZE = 64
+BOXES = torch.tensor([[0, 0.5, 0.5, 0.8, 0.8], [1, 0.25, 0.25, 0.5, 0.5], [2, 0.75, 0.7, 0.4, 0.5]])
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector(M3FD_CLASSES).eval()
+
+
+@pytest.fixture(scope="module")
+def yolo_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vi")
+    for seed, split in enumerate(("train", "test")):
+        scenes = list(SynthScenes(8, SIZE, seed=seed))
+        write_yolo_folder(root, split, [s.vi for s in scenes], [s.boxes for s in scenes], [s.stem for s in scenes], M3FD_CLASSES)
+    return root
+
+
+# The loss of a task
+
+
+@pytest.mark.parametrize("h, w", [(64, 64), (50, 70)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_reaches_every_image(h, w, training):
+    images = noise(2, 3, h, w).requires_grad_()
+    mask = torch.randint(0, 9, (2, h, w), generator=torch.Generator().manual_seed(0))
+    for task, targets in ((Detector(M3FD_CLASSES), [BOXES, BOXES[:1]]), (Segmenter(MFNET_CLASSES), mask)):
+        assert isinstance(task, Task)
+        loss = task.train(training).loss(images, targets)
+        (gradient,) = torch.autograd.grad(loss, images)
+        assert loss.ndim == 0 and gradient.isfinite().all()
+        assert (gradient.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_does_not_grow_with_the_batch(training):
+    image, mask = noise(1, 3, SIZE, SIZE), torch.randint(0, 9, (1, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    detector = Detector(M3FD_CLASSES).train(training)
+    losses = [detector.loss(image.repeat(n, 1, 1, 1), [BOXES] * n).item() for n in (2, 4, 8)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # from the batch on in which the scores sum up to 1
+    segmenter = Segmenter(MFNET_CLASSES).eval()
+    losses = [segmenter.loss(image.repeat(n, 1, 1, 1), mask.repeat(n, 1, 1)).item() for n in (1, 2, 5)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_padding_by_the_detector_equals_padding_by_hand(detector):
+    image = noise(1, 3, 48, 64)
+    padded = torch.full((1, 3, 64, 64), 114 / 255)
+    padded[..., :48, :] = image
+    scaled = BOXES * torch.tensor([1, 1, 0.75, 1, 0.75])
+    assert detector.loss(image, [BOXES]).item() == pytest.approx(detector.loss(padded, [scaled]).item(), rel=1e-6)
+
+
+def test_an_image_without_objects_has_a_loss(detector):
+    loss = detector.loss(noise(2, 3, SIZE, SIZE), [torch.empty(0, 5)] * 2)
+    assert loss.isfinite() and loss > 0
+
+
+def test_a_step_on_the_loss_lowers_it():
+    mask = SynthScenes(1, SIZE, task="segmentation")[0].mask[None]
+    for task, targets in ((Detector(M3FD_CLASSES), [BOXES]), (Segmenter(MFNET_CLASSES), mask)):
+        image, optimizer = noise(1, 3, SIZE, SIZE), torch.optim.Adam(task.parameters(), 1e-3)
+        losses = []
+        for _ in range(6):
+            losses.append(task.loss(image, targets))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < losses[0]
+
+
+def test_random_weights_belong_to_their_seed():
+    def first(task):
+        return next(task.parameters()).detach().clone()
+
+    for build, classes in ((Detector, M3FD_CLASSES), (Segmenter, MFNET_CLASSES)):
+        torch.manual_seed(3)
+        one = first(build(classes, seed=1))
+        torch.manual_seed(4)
+        assert torch.equal(first(build(classes, seed=1)), one)
+        assert not torch.equal(first(build(classes, seed=2)), one)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "call, cause",
+    [
+        (lambda d: d.loss(noise(1, 1, 64, 64), [BOXES]), "instead of (B,3,H,W)"),
+        (lambda d: d.loss(noise(1, 3, 64, 64), [BOXES] * 2), "1 images, but 2 targets"),
+        (lambda d: d.loss(noise(1, 3, 64, 64), [BOXES[:, :4]]), "instead of (n,5)"),
+        (lambda d: d.loss(noise(1, 3, 64, 64), [BOXES + 5]), "class index 5"),
+        (lambda d: Detector(M3FD_CLASSES, "yolov99"), "there is no detector 'yolov99'"),
+        (lambda d: Detector(M3FD_CLASSES, weights="absent.pt"), "absent.pt: there is no such weights file"),
+        (lambda d: Segmenter(MFNET_CLASSES, "b7"), "there is no segmenter 'b7'"),
+        (lambda d: Segmenter(MFNET_CLASSES, weights="absent"), "absent: is no folder of weights"),
+    ],
+)
+def test_bad_input_is_named(detector, call, cause):
+    with pytest.raises(CafError, match=r"\.$") as caught:
+        call(detector)
+    assert cause in str(caught.value) and caught.value.remedy
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.putenv, ("CAF_NB_TEST_PWNED", "1"))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    torch.save({"model": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(CafError, match="cannot be read as weights"):
+        Detector(M3FD_CLASSES, weights=tmp_path / "evil.pt")
+
+
+# Folders
+
+
+def test_a_yolo_folder_holds_what_was_written(tmp_path):
+    scenes = list(SynthScenes(4, SIZE))
+    data = write_yolo_folder(tmp_path, "train", [s.vi for s in scenes], [s.boxes for s in scenes], [s.stem for s in scenes], M3FD_CLASSES)
+    assert data.read_text().splitlines()[-1] == 'names: ["People", "Car", "Bus", "Lamp", "Motorcycle", "Truck"]'
+    for scene in scenes:
+        assert torch.equal(read_image(tmp_path / f"images/train/{scene.stem}.png"), to_uint8(scene.vi) / 255)
+        lines = (tmp_path / f"labels/train/{scene.stem}.txt").read_text().splitlines()
+        assert all(line.split()[0].isdecimal() for line in lines)
+        rows = torch.tensor([[float(v) for v in line.split()] for line in lines]).reshape(-1, 5)
+        assert torch.allclose(rows, scene.boxes, atol=1e-6)
+
+
+def test_new_labels_of_the_same_length_are_noticed(tmp_path, detector):
+    image = torch.zeros(3, SIZE, SIZE)
+    for label, expected in ((0, "People"), (1, "Car")):
+        rows = torch.tensor([[label, 0.5, 0.5, 0.5, 0.5]])
+        for split in ("train", "test"):
+            write_yolo_folder(tmp_path, split, [image], [rows], ["a"], M3FD_CLASSES)
+        scores = evaluate_detector(detector, tmp_path, SIZE, device="cpu")
+        assert [name for name, value in scores.ap.items() if not math.isnan(value)] == [expected]
+
+
+def test_without_val_the_test_split_is_not_used_for_selection(yolo_folder):
+    assert "val: images/train" in (yolo_folder / "data.yaml").read_text()
+
+
+# Scores
+
+
+class FindsRectangles(nn.Module):
+    "A perfect network for images that are black but for one bright red (class 0) or green (class 2) rectangle."
+
+    names, stride = dict(enumerate(M3FD_CLASSES)), torch.tensor([8.0, 16.0, 32.0])
+
+    def forward(self, images):
+        found = images.new_zeros(len(images), 4 + len(self.names), 1)
+        for row, image in zip(found, images):
+            ys, xs = torch.where(image.amax(0) > 0.9)
+            x0, x1, y0, y1 = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
+            row[:4, 0] = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
+            row[4 + (0 if image[0].max() > 0.9 else 2)] = 1
+        return found
+
+
+def test_perfect_boxes_score_one(tmp_path, detector, monkeypatch):
+    images, boxes = [], []
+    for i, (channel, label) in enumerate([(0, 0), (1, 2), (0, 0), (1, 2)]):
+        image = torch.zeros(3, 48, 64)
+        image[channel, 8 : 24 + 4 * i, 16:48] = 1
+        images.append(image)
+        boxes.append(torch.tensor([[label, 0.5, (32 + 4 * i) / 2 / 48, 0.5, (16 + 4 * i) / 48]]))
+    data = write_yolo_folder(tmp_path, "test", images, boxes, list("abcd"), M3FD_CLASSES)
+    monkeypatch.setitem(detector._modules, "net", FindsRectangles())
+    scores = evaluate_detector(detector, data, 64, device="cpu")
+    assert scores.map == pytest.approx(0.995) and scores.map50 == pytest.approx(0.995)  # the curve of ultralytics ends at 0.995
+    assert {c for c, v in scores.ap.items() if not math.isnan(v)} == {"People", "Bus"}
+
+
+def test_perfect_masks_score_one_and_absent_classes_are_nan():
+    class Oracle(Segmenter):
+        def predict(self, images):
+            return answers.pop(0)[None]
+
+    masks = [torch.zeros(32, 32, dtype=torch.long), torch.ones(32, 32, dtype=torch.long)]
+    answers = list(masks)
+    pairs = [(torch.zeros(3, 32, 32), mask) for mask in masks]
+    scores = evaluate_segmenter(Oracle(MFNET_CLASSES), pairs, batch_size=1)
+    assert scores.miou == scores.macc == 1
+    assert {c for c, v in scores.iou.items() if not math.isnan(v)} == {"unlabelled", "car"}
+
+
+# Training
+
+
+def process_state() -> tuple:
+    return (
+        dict(os.environ), random.getstate(), tuple(np.random.get_state()[1]), torch.get_rng_state().tolist(), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(), torch.save, str(np.get_printoptions()), os.getcwd(),
+        len(torch.serialization.get_safe_globals()),
+    )  # fmt: skip
+
+
+def test_finetuning_depends_on_its_seed_alone_and_leaves_the_process_alone(yolo_folder, tmp_path):
+    def run(name, seed):
+        detector = Detector(M3FD_CLASSES)
+        settings = DetectorSettings(model="yolov5n", epochs=2, batch_size=4, pretrained=False)
+        return finetune_detector(detector, yolo_folder, settings, SIZE, tmp_path / name, seed=seed, device="cpu", progress=False)
+
+    before = process_state()
+    first = run("a", 0)
+    assert process_state() == before
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    second = run("b", 0)
+    assert second.losses == first.losses and str(second.ap) == str(first.ap)
+    weights = [Detector(M3FD_CLASSES, weights=r.checkpoint).net.state_dict() for r in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights)))
+    assert run("c", 1).losses != first.losses
+
+
+def test_the_detector_takes_over_what_the_checkpoint_holds(yolo_folder, tmp_path):
+    detector = Detector(M3FD_CLASSES)
+    start = next(detector.parameters()).detach().clone()
+    settings = DetectorSettings(model="yolov5n", epochs=1, batch_size=4, pretrained=False)
+    result = finetune_detector(detector, yolo_folder, settings, SIZE, tmp_path / "run", device="cpu", select_best=True, progress=False)
+    assert not torch.equal(next(detector.parameters()), start)
+    back = Detector(M3FD_CLASSES, weights=result.checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(back.net.state_dict().values(), detector.net.state_dict().values()))
+    assert result.checkpoint.name == "best.pt" and "random (seed 0), 1 epochs" in result.provenance
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lambda root: [p.write_text("") for p in (root / "labels/train").iterdir()], "no image of split train has a box"),
+        (lambda root: [p.unlink() for p in (root / "labels/train").iterdir()], "the images have no labels"),
+        (lambda root: (root / "labels/test/a.txt").write_text("6 0.5 0.5 0.1 0.1"), "class index 6"),
+        (lambda root: (root / "data.yaml").unlink(), "there is no such file"),
+        (lambda root: (root / "data.yaml").write_text("train: images/train\nnames: [Car]"), "lists the classes Car"),
+    ],
+)
+def test_unusable_folders_are_named_before_training(tmp_path, detector, change, cause):
+    for split in ("train", "test"):
+        write_yolo_folder(tmp_path, split, [noise(3, SIZE, SIZE)], [BOXES], ["a"], M3FD_CLASSES)
+    change(tmp_path)
+    with pytest.raises(CafError, match=cause) as caught:
+        finetune_detector(detector, tmp_path, Profile.named("smoke").detector, SIZE, tmp_path / "run", device="cpu", progress=False)
+    assert caught.value.file is not None and caught.value.remedy
+
+
+def test_a_segmenter_learns_and_depends_on_its_seed_alone(tmp_path):
+    scenes = SynthScenes(8, SIZE, task="segmentation")
+    pairs = [(s.vi, s.mask) for s in scenes]
+    settings = SegmenterSettings(model="tiny", steps=30, batch_size=4, lr=1e-3, pretrained=False)
+
+    def run(name):
+        segmenter = Segmenter(MFNET_CLASSES)
+        return finetune_segmenter(segmenter, pairs, pairs, settings, tmp_path / name, progress=False)
+
+    before = process_state()
+    first = run("a")
+    assert process_state() == before
+    torch.manual_seed(99)
+    assert run("b").losses == first.losses
+    assert first.losses[-1] < 0.7 * first.losses[0]
+    assert first.miou > 1 / len(MFNET_CLASSES)
+
+
+def test_ultralytics_stays_in_its_room():
+    before = process_state()
+    with contained_ultralytics():
+        import ultralytics
+
+        ultralytics.utils.torch_utils.init_seeds(5, deterministic=True)
+    assert process_state() == before
