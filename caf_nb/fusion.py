@@ -6,11 +6,13 @@
 __all__ = ['METHODS', 'FusionNet', 'to_official', 'from_official', 'read_tensors', 'load_tensors', 'save_fusion', 'Source',
            'Method', 'load_fusion', 'fuse', 'FolderResult', 'fuse_folder']
 
-# %% ../nbs/04_fusion.ipynb #8d0e4325
+# %% ../nbs/04_fusion.ipynb #827e8a9b
+import io
 import itertools
 import json
 import os
 import pickle
+import pickletools
 import tempfile
 import time
 import zipfile
@@ -118,11 +120,20 @@ def _allowed() -> dict[str, Any]:
             **dict.fromkeys(("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"), parameter),
             "collections.OrderedDict": OrderedDict, "torch.Size": tuple, "builtins.set": set, "__builtin__.set": set}
 
-# %% ../nbs/04_fusion.ipynb #94fd4321
+# %% ../nbs/04_fusion.ipynb #8ac49709
+def _check_opcodes(file: BinaryIO) -> None:
+    "Look through the pickle that begins here, and come back. Raises `ValueError` on instructions that no checkpoint needs."
+    start = file.tell()
+    for opcode, argument, position in pickletools.genops(file):
+        if opcode.name.startswith("EXT") or (opcode.name.endswith("PUT") and argument > position):
+            raise ValueError(f"instruction {opcode.name} {argument}")
+    file.seek(start)
+
 class _TensorUnpickler(pickle.Unpickler):
     "Runs a pickle that can only describe tensors, and keeps the storages that it mentions in `storages`."
 
     def __init__(self, file: BinaryIO, path: Path, classes: Sequence[str]):
+        _check_opcodes(file)
         super().__init__(file, encoding="latin1")  # names from Python 2
         self._path, self._classes, self._table, self.storages = path, classes, _allowed(), {}
 
@@ -154,9 +165,8 @@ def _read_zip(path: Path, classes: Sequence[str]) -> tuple[Any, dict[str, bytes]
         if any(entry.compress_type for entry in archive.infolist()): raise ValueError("compressed entries")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little": raise ValueError("big-endian numbers")
-        with archive.open(pickles[0]) as file:
-            unpickler = _TensorUnpickler(file, path, classes)
-            tree = unpickler.load()
+        unpickler = _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), path, classes)
+        tree = unpickler.load()
         return tree, {key: archive.read(f"{root}data/{key}") for key in unpickler.storages}
 
 def _read_legacy(path: Path, classes: Sequence[str]) -> tuple[Any, dict[str, bytes]]:
@@ -210,7 +220,7 @@ def read_tensors(path: str | Path,           # PyTorch checkpoint (zip or legacy
         tensors = {name: _tensor(view, content) for name, view in _slices(tree, "", itertools.count())}
     except CafError: raise
     except Exception as error:  # a pickle may end in any exception (manual of `pickle`), and none of them is worth a traceback
-        raise CafError(f"cannot be read as a checkpoint ({type(error).__name__}: {str(error).partition('.')[0]})", path,
+        raise CafError(f"cannot be read as a checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')})", path,
                        "It may be damaged; download or save it again") from None
     if not tensors: raise CafError("holds no tensors", path, "Check the path of the weights")
     return tensors

@@ -165,11 +165,12 @@ def output_folder(out: str | Path, # "" for out/<profile> in the project that co
 def save_results(folder: Path,             # of `output_folder`
                  name: str,                # e.g. "table1"
                  compared: pd.DataFrame,   # of `compare`
-                 provenance: Mapping[str, object], # anything JSON can hold
+                 provenance: Mapping[str, object], # what JSON can hold, and frames
 ) -> Path:                                 # the CSV
     "Write `name`.csv and `name`.json."
     compared.to_csv(folder/f"{name}.csv", index=False)
-    (folder/f"{name}.json").write_text(json.dumps(provenance, indent=2, default=str) + "\n")
+    def plain(value): return value.reset_index().to_dict("records") if isinstance(value, pd.DataFrame) else str(value)
+    (folder/f"{name}.json").write_text(json.dumps(provenance, indent=2, default=plain) + "\n")
     return folder/f"{name}.csv"
 
 # %% ../nbs/10_report.ipynb #d71dfa0a

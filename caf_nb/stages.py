@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 import torch
 from exca import TaskInfra
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,6 +112,7 @@ class Trained(NamedTuple):
 class TrainFusion(BaseModel):
     "Train omega_f with the weights that a search found."
     model_config = ConfigDict(extra="forbid")
+    kind: Literal["trained"] = "trained"
     data: Data
     loss: Search
     settings: FusionSettings
@@ -134,10 +135,11 @@ class TrainFusion(BaseModel):
 
     def provenance(self) -> dict[str, str]: return self.run().provenance
 
-# %% ../nbs/09_stages.ipynb #7fa78ff6
+# %% ../nbs/09_stages.ipynb #3579a9cf
 class Method(BaseModel):
     "A source (ir, vi), or a fusion method with weights of its own."
     model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["method"] = "method"
     method: str
     weights: str = ""           # a file; "" for those that come with the package
 
@@ -151,7 +153,7 @@ class FuseDataset(BaseModel):
     "Fuse the three splits of a data set, with its labels, in the layout that the task's trainer reads."
     model_config = ConfigDict(extra="forbid")
     data: Data
-    model: TrainFusion | Method
+    model: TrainFusion | Method = Field(discriminator="kind")
     infra: TaskInfra = TaskInfra(version="1", mode="retry")
 
     @infra.apply

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TASK_CLASSES', 'MATERIALS', 'CAST', 'Material', 'View', 'project', 'draw_view', 'Part', 'person', 'rider',
-           'car', 'car_profile', 'bus', 'truck', 'motorcycle', 'bike', 'lamp', 'cone', 'car_stop', 'bump', 'guardrail',
+           'motorcycle', 'bike', 'car', 'car_profile', 'bus', 'truck', 'lamp', 'cone', 'car_stop', 'bump', 'guardrail',
            'sign', 'project_parts', 'Canvas', 'tree', 'scenery', 'Thing', 'silhouette', 'cast', 'place', 'infrared',
            'visible', 'Render', 'yolo_box', 'render', 'SynthScenes', 'show_scenes']
 
@@ -154,6 +154,27 @@ def rider(rng: Generator) -> list[Part]:
             _line("clothes", [(-0.22, 0.9), (0.02, 1.36)], 0.38, shirt), _line("clothes", [(0.05, 1.33), (0.5, 1.05)], 0.13, shirt),
             _line("skin", [(0.06, 1.45), (0.1, 1.52)], 0.12), _disc("skin", 0.12, 1.62, 0.14)]
 
+def motorcycle(rng: Generator) -> list[Part]:
+    "A motorcycle that heads to the right."
+    paint = _pick(rng, _PAINTS)
+    return [_disc("tyre", -0.7, 0.34, 0.36), _disc("tyre", 0.72, 0.34, 0.36),
+            _disc("black", -0.7, 0.34, 0.14), _disc("black", 0.72, 0.34, 0.14),
+            _line("frame", [(0.72, 0.34), (0.46, 1.0)], 0.1, (90, 90, 95)),
+            _line("engine", [(0.1, 0.3), (-0.95, 0.36)], 0.12, (150, 150, 155)),
+            _poly("engine", [(-0.32, 0.28), (0.3, 0.28), (0.4, 0.68), (-0.35, 0.66)]),
+            _poly("body", [(-0.95, 0.86), (-0.3, 0.68), (0.42, 0.68), (0.5, 0.98), (0.1, 1.02), (-0.35, 0.86)], rgb=paint),
+            _line("frame", [(0.42, 0.98), (0.36, 1.16)], 0.09, (60, 60, 65)),
+            _disc("headlight", 0.58, 0.92, 0.12), _disc("taillight", -0.93, 0.82, 0.08)]
+
+def bike(rng: Generator) -> list[Part]:
+    "A bicycle that heads to the right."
+    paint = _pick(rng, _PAINTS)
+    bars = [[(-0.55, 0.34), (-0.05, 0.32), (0.4, 0.82), (-0.2, 0.78), (-0.55, 0.34)],
+            [(-0.05, 0.32), (-0.22, 0.92)], [(0.58, 0.34), (0.38, 0.98)]]
+    return [_disc("tyre", -0.55, 0.34, 0.34, shape="ring"), _disc("tyre", 0.58, 0.34, 0.34, shape="ring"),
+            *[_line("frame", b, 0.08, paint) for b in bars], _line("black", [(-0.34, 0.93), (-0.12, 0.93)], 0.09),
+            _line("frame", [(0.3, 1.0), (0.48, 1.0)], 0.08, (60, 60, 65)), _disc("taillight", -0.4, 0.72, 0.06)]
+
 # %% ../nbs/02_synth.ipynb #0f40e3b4
 def _wheels(half: float, radius: float = 0.34) -> list[Part]:
     return [_rect("tyre", x - 0.14, x + 0.14, 0, 2 * radius) for x in (-half, half)]
@@ -202,28 +223,6 @@ def truck(rng: Generator, front: bool) -> list[Part]:
     cab = _block("body", 1.1, 0.4, 2.45, 0., 1.9, paint)
     return [*cargo, *under, *cab, _rect("glass", -0.98, 0.98, 1.45, 2.25), _rect("engine", -0.75, 0.75, 0.6, 1.2),
             *_lights(True, 0.88, 0.7, 0.16)]
-
-# %% ../nbs/02_synth.ipynb #d71443a6
-def motorcycle(rng: Generator) -> list[Part]:
-    "A motorcycle that heads to the right."
-    paint = _pick(rng, _PAINTS)
-    return [_disc("tyre", -0.7, 0.34, 0.36), _disc("tyre", 0.72, 0.34, 0.36),
-            _disc("black", -0.7, 0.34, 0.14), _disc("black", 0.72, 0.34, 0.14),
-            _line("frame", [(0.72, 0.34), (0.46, 1.0)], 0.1, (90, 90, 95)),
-            _line("engine", [(0.1, 0.3), (-0.95, 0.36)], 0.12, (150, 150, 155)),
-            _poly("engine", [(-0.32, 0.28), (0.3, 0.28), (0.4, 0.68), (-0.35, 0.66)]),
-            _poly("body", [(-0.95, 0.86), (-0.3, 0.68), (0.42, 0.68), (0.5, 0.98), (0.1, 1.02), (-0.35, 0.86)], rgb=paint),
-            _line("frame", [(0.42, 0.98), (0.36, 1.16)], 0.09, (60, 60, 65)),
-            _disc("headlight", 0.58, 0.92, 0.12), _disc("taillight", -0.93, 0.82, 0.08)]
-
-def bike(rng: Generator) -> list[Part]:
-    "A bicycle that heads to the right."
-    paint = _pick(rng, _PAINTS)
-    bars = [[(-0.55, 0.34), (-0.05, 0.32), (0.4, 0.82), (-0.2, 0.78), (-0.55, 0.34)],
-            [(-0.05, 0.32), (-0.22, 0.92)], [(0.58, 0.34), (0.38, 0.98)]]
-    return [_disc("tyre", -0.55, 0.34, 0.34, shape="ring"), _disc("tyre", 0.58, 0.34, 0.34, shape="ring"),
-            *[_line("frame", b, 0.08, paint) for b in bars], _line("black", [(-0.34, 0.93), (-0.12, 0.93)], 0.09),
-            _line("frame", [(0.3, 1.0), (0.48, 1.0)], 0.08, (60, 60, 65)), _disc("taillight", -0.4, 0.72, 0.06)]
 
 # %% ../nbs/02_synth.ipynb #327785e2
 def lamp(rng: Generator) -> list[Part]:
@@ -463,11 +462,11 @@ def _glare(rng: Generator, view: View, night: bool, lights: list) -> np.ndarray:
     "(H,W,3) light scattered in the lens: halos of lamps, blinding headlights, by day now and then the sun."
     h, w = view.h, view.w
     veil = np.zeros((h, w, 3), np.float32)
-    if not night: return veil + (0.9 * _spot(h, w, rng.uniform(0, w), 0, 0.3 * w, 0.35 * h) if rng.random() < 0.12 else np.float32(0))
-    blinding = rng.uniform(0.35, 0.9) if rng.random() < 0.5 else 0.
+    if not night: return veil + (0.7 * _spot(h, w, rng.uniform(0, w), 0, 0.25 * w, 0.25 * h) if rng.random() < 0.12 else np.float32(0))
+    blinding = rng.uniform(0.3, 0.7) if rng.random() < 0.45 else 0.
     for material, x, y, s in lights:
         if material == "lantern": veil += 0.3 * _WARM * _spot(h, w, x, y, 0.5 * s, 0.5 * s)
-        if material == "headlight": veil += 0.35 * _spot(h, w, x, y, 0.28 * s, 0.28 * s) + blinding * _spot(h, w, x, y, 1.2 * s, 0.6 * s)
+        if material == "headlight": veil += 0.35 * _spot(h, w, x, y, 0.28 * s, 0.28 * s) + blinding * _spot(h, w, x, y, 0.9 * s, 0.5 * s)
         if material == "taillight": veil += np.float32([0.3, 0.03, 0.02]) * _spot(h, w, x, y, 0.25 * s, 0.25 * s)
     return veil
 

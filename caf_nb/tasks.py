@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import CafError
+from .data import Batch
 
 # %% ../nbs/05_tasks.ipynb #db9627d5
 @runtime_checkable
@@ -197,6 +198,10 @@ class Detector(nn.Module):
         parts, _ = self.net.loss(_yolo_batch(images, targets))
         return parts.sum() / len(images)
 
+    def targets(self, batch: Batch) -> list[Tensor]:
+        "The boxes, which are what `loss` reads of a labelled batch."
+        return batch.boxes
+
     def _apply(self, fn, *args, **kwargs):  # the loss of ultralytics remembers its device: forget it when the weights move
         self.net.criterion = None
         return super()._apply(fn, *args, **kwargs)
@@ -294,6 +299,10 @@ class Segmenter(nn.Module):
             raise CafError(f"images are {tuple(images.shape[2:])}, masks {tuple(targets.shape[1:])} pixels", remedy="Resize them together")
         _check_classes(targets, self.classes, self.ignore)
         return self.net(pixel_values=(images - self.mean) / self.std, labels=targets.to(images.device)).loss
+
+    def targets(self, batch: Batch) -> Tensor:
+        "The class masks, which are what `loss` reads of a labelled batch."
+        return batch.mask
 
     @torch.no_grad()
     def predict(self, images: Tensor, # RGB (B,3,H,W) in [0,1]

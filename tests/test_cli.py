@@ -1,0 +1,237 @@
+"""caf-fuse from the outside: one sentence for every mistake, and nothing lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import caf_nb
+from caf_nb.cli import fuse_app
+from caf_nb.data import read_image, write_png
+from caf_nb.fusion import FusionNet, save_fusion
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "ir and vi with four good pairs of 32x48 pixels, out with results from yesterday, and weights."
+    generator = torch.Generator().manual_seed(0)
+    for kind, channels in (("ir", 1), ("vi", 3)):
+        (tmp_path / kind).mkdir()
+        for i in range(4):
+            write_png(tmp_path / kind / f"{i}.png", torch.rand(channels, 32, 48, generator=generator))
+    (tmp_path / "out").mkdir()
+    for i in range(4):
+        (tmp_path / "out" / f"{i}.png").write_bytes(b"from yesterday")
+    save_fusion(tmp_path / "net.safetensors", FusionNet(), {})
+    return tmp_path
+
+
+def caf_fuse(folder, **changes):
+    "Run caf-fuse on the folder; `changes` replaces options (None leaves one out, True is a flag)."
+    options = {"ir": folder / "ir", "vi": folder / "vi", "out": folder / "out", "weights": folder / "net.safetensors", **changes}
+    words = [w for name, value in options.items() if value is not None for w in ([f"--{name}"] + ([] if value is True else [str(value)]))]
+    run = CliRunner().invoke(fuse_app, words)
+    assert run.exception is None or isinstance(run.exception, SystemExit), run.exception
+    assert "Traceback" not in run.output
+    return run
+
+
+def sentences(run):
+    "What was said on stderr, without the progress bar."
+    return [line.split("\r")[-1] for line in run.stderr.splitlines() if line.startswith("caf-fuse: ")]
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- what works
+
+def test_all_pairs(folder):
+    sources = contents(folder / "ir", folder / "vi")
+    run = caf_fuse(folder)
+    assert run.exit_code == 0 and sentences(run) == []
+    assert run.stdout.startswith("4 of 4 pairs fused in ") and run.stdout.endswith(f"written to {folder / 'out'}\n") and run.stdout.count("\n") == 1
+    assert [read_image(folder / "out" / f"{i}.png").shape for i in range(4)] == [(3, 32, 48)] * 4
+    assert contents(folder / "ir", folder / "vi") == sources
+    assert "4/4" in run.stderr
+
+
+def test_gray(folder):
+    write_png(folder / "vi/1.png", read_image(folder / "ir/1.png").expand(3, -1, -1))  # gray in three channels
+    caf_fuse(folder)
+    assert [len(read_image(folder / "out" / f"{i}.png")) for i in range(4)] == [3, 1, 3, 3]
+    caf_fuse(folder, gray=True)
+    assert [len(read_image(folder / "out" / f"{i}.png")) for i in range(4)] == [1, 1, 1, 1]
+
+
+def test_sources_as_methods(folder):
+    caf_fuse(folder, method="ir", weights=None, gray=True, out=folder / "new/deep")
+    assert all(torch.equal(read_image(folder / "new/deep" / f"{i}.png"), read_image(folder / "ir" / f"{i}.png")) for i in range(4))
+
+
+def test_two_single_files(folder):
+    run = caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/3.png", out=folder / "one")
+    assert run.exit_code == 0
+    assert [p.name for p in (folder / "one").iterdir()] == ["3.png"]
+
+
+def test_a_file_without_partner_is_told(folder):
+    (folder / "ir/2.png").unlink()
+    run = caf_fuse(folder)
+    assert run.exit_code == 0 and sentences(run) == [f"caf-fuse: {folder / 'vi/2.png'}: has no partner and was left out."]
+    assert (folder / "out/2.png").read_bytes() == b"from yesterday"
+
+
+def test_a_warning_is_a_sentence(folder):
+    import cv2
+    cv2.imwrite(str(folder / "vi/0.png"), np.random.default_rng(0).integers(0, 255, (32, 48, 4), np.uint8))
+    run = caf_fuse(folder)
+    assert run.exit_code == 0 and "varying alpha channel is left out" in sentences(run)[0] and "UserWarning" not in run.stderr
+
+
+def test_help_and_version():
+    start = time.perf_counter()
+    code = "import sys, caf_nb.cli as c; c.fuse_app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and "--weights FILE" in run.stdout
+    assert time.perf_counter() - start < 10
+    assert CliRunner().invoke(fuse_app, ["--version"]).stdout == f"caf_nb {caf_nb.__version__}\n"
+
+
+# ---------------------------------------------------------------- one bad pair
+
+def differing_sizes(folder): write_png(folder / "vi/1.png", torch.rand(3, 32, 40))
+def truncated(folder): (folder / "vi/1.png").write_bytes((folder / "vi/1.png").read_bytes()[:2000])
+def text_as_png(folder): (folder / "vi/1.png").write_text("This is not a picture.")
+def empty_file(folder): (folder / "vi/1.png").write_bytes(b"")
+def a_folder_called_png(folder): (folder / "vi/1.png").unlink(); (folder / "vi/1.png").mkdir()
+def link_to_nowhere(folder): (folder / "vi/1.png").unlink(); (folder / "vi/1.png").symlink_to("absent.png")
+
+
+@pytest.mark.parametrize("damage, sentence", [(differing_sizes, "ir is 48x32 and vi 40x32 pixels"), (truncated, "cannot be decoded"), (text_as_png, "is not an image"),
+                                              (empty_file, "is not an image"), (a_folder_called_png, "there is no such file"), (link_to_nowhere, "there is no such file")])
+def test_one_bad_pair(folder, damage, sentence):
+    damage(folder)
+    run = caf_fuse(folder)
+    assert run.exit_code == 1
+    assert len(sentences(run)) == 1 and sentence in sentences(run)[0] and "1.png: " in sentences(run)[0]
+    assert run.stdout.startswith("3 of 4 pairs fused")
+    assert (folder / "out/1.png").read_bytes() == b"from yesterday"
+    assert [read_image(folder / "out" / f"{i}.png").shape for i in (0, 2, 3)] == [(3, 32, 48)] * 3
+    assert len(list((folder / "out").iterdir())) == 4  # no leftovers
+
+
+# ---------------------------------------------------------------- nothing can be done
+
+def text(folder, name, content="not the weights"):
+    (folder / name).write_text(content)
+    return folder / name
+
+
+def other_network(folder):
+    torch.save({"layer.weight": torch.zeros(3)}, folder / "other.pth")
+    return folder / "other.pth"
+
+
+def pickled_network(folder):
+    torch.save(FusionNet(), folder / "module.pth")
+    return folder / "module.pth"
+
+
+def made(folder, name):
+    (folder / name).mkdir()
+    return folder / name
+
+
+def renamed(folder):
+    for file in (folder / "vi").iterdir(): file.rename(file.with_stem("x" + file.stem))
+    return folder / "vi"
+
+
+@pytest.mark.parametrize("option, value, sentence", [
+    ("ir", lambda f: f / "absent", "absent: there is no such folder"),
+    ("ir", lambda f: made(f, "none"), "none: the folder holds no image"),
+    ("vi", lambda f: made(f, "none"), "none: the folder holds no image"),
+    ("vi", renamed, "ir: no file has a partner of the same name in"),
+    ("vi", lambda f: f / "vi/0.png", "0.png: one source is a file and the other is not"),
+    ("out", lambda f: f / "ir", "ir: the output folder holds the source images"),
+    ("out", lambda f: f / "out/../vi", "vi: the output folder holds the source images"),
+    ("out", lambda f: text(f, "taken"), "taken: the output folder cannot be written (File exists)"),
+    ("out", lambda f: text(f, "taken") / "below", "below: the output folder cannot be written (Not a directory)"),
+    ("out", lambda f: Path("/proc/caf_nb"), "/proc/caf_nb: the output folder cannot be written"),
+    ("out", lambda f: Path("/sys"), "/sys: the output folder cannot be written"),
+    ("weights", lambda f: f / "absent.pth", "absent.pth: there is no such file"),
+    ("weights", lambda f: f / "ir", "ir: there is no such file"),
+    ("weights", lambda f: text(f, "text.pth"), "text.pth: is no checkpoint"),
+    ("weights", lambda f: text(f, "text.safetensors"), "text.safetensors: is no checkpoint"),
+    ("weights", lambda f: text(f, "half.safetensors", "12345678{"), "half.safetensors: cannot be read as a checkpoint"),
+    ("weights", lambda f: f / "ir/0.png", "0.png: is no checkpoint"),
+    ("weights", other_network, "other.pth: the tensors do not fit the network: missing: "),
+    ("weights", pickled_network, "module.pth: the checkpoint asks for caf_nb.fusion.FusionNet; only tensors come out"),
+    ("method", lambda f: "cfa", "there is no method 'cfa'. Choose one of caf, "),
+    ("method", lambda f: "ir", "net.safetensors: method 'ir' has no weights"),
+    ("device", lambda f: "abacus", "device 'abacus' cannot be used here"),
+])
+def test_refused_before_any_work(folder, option, value, sentence):
+    changed = {option: value(folder)}
+    if str(changed[option]).startswith(("/proc", "/sys")) and (sys.platform != "linux" or changed[option] == Path("/sys") and writable("/sys")):
+        pytest.skip("no such read-only place here")
+    before = contents(folder)
+    run = caf_fuse(folder, **changed)
+    assert run.exit_code == 1 and run.stdout == ""
+    assert len(sentences(run)) == len(run.stderr.splitlines()) == 1 and sentence in sentences(run)[0]
+    assert contents(folder) == before
+
+
+def writable(place):
+    try: os.close(os.open(place, os.O_TMPFILE | os.O_RDWR))
+    except OSError: return False
+    return True
+
+
+def test_a_missing_option_is_exit_code_2(folder):
+    run = caf_fuse(folder, vi=None)
+    assert run.exit_code == 2 and "Missing option '--vi'" in run.stderr
+
+
+# ---------------------------------------------------------------- the installed program
+
+def program():
+    path = shutil.which("caf-fuse", path=str(Path(sys.executable).parent)) or shutil.which("caf-fuse")
+    if path is None: pytest.skip("caf-fuse is not installed")
+    return path
+
+
+def test_installed_program(folder):
+    "The console script: exit code, one sentence, no traceback."
+    truncated(folder)
+    options = [program(), "--ir", folder / "ir", "--vi", folder / "vi", "--out", folder / "out", "--method", "vi"]
+    run = subprocess.run(options, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split(" in ")[0]) == (1, "3 of 4 pairs fused")
+    assert f"caf-fuse: {folder / 'vi/1.png'}: cannot be decoded" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_interrupt(folder):
+    "Ctrl-C in the middle: no traceback, whole pictures only."
+    for i in range(4, 300):
+        for kind in ("ir", "vi"): (folder / kind / f"{i}.png").symlink_to(folder / kind / "0.png")
+    out = folder / "new"
+    run = subprocess.Popen([program(), "--ir", folder / "ir", "--vi", folder / "vi", "--out", out, "--weights", folder / "net.safetensors"],
+                           stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not list(out.glob("*.png")) and run.poll() is None and time.monotonic() < limit: time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode not in (0, -signal.SIGINT) and "Traceback" not in stderr
+    assert 0 < len(list(out.iterdir())) < 300
+    for path in out.iterdir(): assert read_image(path).shape == (3, 32, 48)
