@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fuse_app', 'caf_fuse']
 
-# %% ../nbs/11_cli.ipynb #79fef6eb
+# %% ../nbs/11_cli.ipynb #5e895140
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tqdm import tqdm
 
 from . import __version__
 
-# %% ../nbs/11_cli.ipynb #99c74791
-def _say(program: str, sentence: object) -> None: typer.echo(f"{program}: {sentence}", err=True)
+# %% ../nbs/11_cli.ipynb #47d38d25
+def _say(program: str, sentence: object) -> None: tqdm.write(f"{program}: {sentence}", file=sys.stderr) # moves a bar out of the way
 
 @contextmanager
 def _plainly(program: str, # its name, before every sentence

@@ -257,7 +257,7 @@ def save_fusion(path: str | Path,                # FILE.safetensors
     "Write FILE.safetensors and FILE.json. Raises `CafError` if that is not possible."
     path = Path(path)
     if path.suffix != ".safetensors": raise CafError("checkpoints end in .safetensors", path, "Change the name of the file")
-    text = json.dumps(config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config), indent=1)
+    text = json.dumps(config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config), indent=1, default=str)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,8 +282,12 @@ class Method(NamedTuple):
     read: Callable[[Path], dict[str, Tensor]] | None = read_tensors # its authors' file format; None: it has no weights
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict # its authors' names to ours
 
+def _inference_net() -> FusionNet:
+    "FusionNet with the channels last in memory, which takes half the time on a CPU."
+    return FusionNet().to(memory_format=torch.channels_last)
+
 METHODS: dict[str, Method] = {
-    "caf": Method(FusionNet, partial(read_tensors, classes=("models.Ours",)), from_official),
+    "caf": Method(_inference_net, partial(read_tensors, classes=("models.Ours",)), from_official),
     "ir": Method(partial(Source, "ir"), None),
     "vi": Method(partial(Source, "vi"), None),
 }
@@ -373,7 +377,8 @@ def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
 def _find_pairs(ir: Path, vi: Path) -> tuple[Sequence[Pair], list[Path]]:
     "The pairs of two folders, or of two files, and the files that are in none."
     if ir.is_file() and vi.is_file(): return [Pair(vi.stem, ir, vi)], []
-    if ir.is_file() or vi.is_file(): raise CafError("one source is a file and the other is not", ir, "Give two folders or two files")
+    if ir.is_file() or vi.is_file():
+        raise CafError("one source is a file and the other is not", ir if ir.is_file() else vi, "Give two folders or two files")
     pairs = PairFolder(ir, vi)
     return pairs, pairs.unmatched
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACES', 'MAP', 'MAP50', 'COLUMNS', 'PRINTED', 'Face', 'Printed', 'paper_table', 'compare', 'show_table', 'plot_table',
-           'conclusion', 'output_folder', 'save_results', 'Ran', 'paper_notebooks', 'build_report']
+           'show_fused', 'conclusion', 'output_folder', 'save_results', 'Ran', 'paper_notebooks', 'build_report']
 
 # %% ../nbs/10_report.ipynb #5c511517
 import html
@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from pandas.io.formats.style import Styler
 
 from .core import CafError, Profile
-from .data import M3FD_CLASSES, MULTISPECTRAL_CLASSES
+from .data import M3FD_CLASSES, MULTISPECTRAL_CLASSES, read_image
 
 # %% ../nbs/10_report.ipynb #5e558e80
 class Face(NamedTuple):
@@ -110,9 +110,10 @@ def show_table(compared: pd.DataFrame, # of `compare`
     return wide.style.format("{:.1f}", na_rep="–").apply(_mark).set_caption(caption).set_table_styles([cells, *grey])
 
 def _mark(column: pd.Series) -> list[str]:
-    "Bold for the best value, underlined for the second best; nothing where fewer than two can be compared."
+    "Bold for the best value, underlined for the second best; nothing in a printed column with gaps, nor where all are equal."
     ranks = column.rank(ascending=False, method="min")
-    if column.notna().sum() < 2: return [""] * len(column)
+    gaps = column.name is not None and column.name[1] == "paper" and column.isna().any()
+    if gaps or column.nunique() < 2: return [""] * len(column)
     return ["font-weight: bold" if r == 1 else "text-decoration: underline" if r == 2 else "" for r in ranks]
 
 # %% ../nbs/10_report.ipynb #02b664a0
@@ -135,6 +136,20 @@ def plot_table(compared: pd.DataFrame,    # of `compare`
     ax.set_ylabel(f"{metric} (%)")
     ax.legend(fontsize=7)
     return ax
+
+# %% ../nbs/10_report.ipynb #369a3861
+def show_fused(folders: Mapping[str, Path],  # method -> folder that `FuseDataset` wrote
+               which: int = 0,               # number of the test picture
+) -> Sequence[Axes]:
+    "One test picture as each method shows it. Raises `CafError` if a folder does not have it."
+    axes = plt.subplots(1, len(folders), figsize=(1.8 * len(folders), 2), layout="constrained", squeeze=False)[1][0]
+    for ax, (method, folder) in zip(axes, folders.items()):
+        files = sorted((folder/"images"/"test").glob("*.png"))
+        if which >= len(files): raise CafError(f"there are only {len(files)} test pictures", folder, "Ask for an earlier one")
+        ax.imshow(read_image(files[which]).permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        ax.set_title(FACES[method].name if method in FACES else method, fontsize=8)
+        ax.axis("off")
+    return axes
 
 # %% ../nbs/10_report.ipynb #ff08170d
 def conclusion(compared: pd.DataFrame, # of `compare`

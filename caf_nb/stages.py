@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'Data', 'Searched', 'Search', 'Trained', 'TrainFusion', 'Method', 'FuseDataset', 'FinetuneDetector',
-           'FinetuneSegmenter', 'table1', 'scores', 'provenance']
+           'FinetuneSegmenter', 'table1', 'scores', 'provenance', 'configurations']
 
 # %% ../nbs/09_stages.ipynb #9edd455a
 import time
@@ -261,3 +261,8 @@ def provenance(stages: dict[tuple[str, str], FinetuneDetector], # of `table1`
     "Where the numbers of a table come from."
     frame = pd.DataFrame.from_dict({key: stage.provenance() for key, stage in stages.items()}, orient="index").fillna("")
     return frame.rename_axis(index=["dataset", "method"])
+
+def configurations(stages: dict[tuple[str, str], FinetuneDetector], # of `table1`
+) -> dict[str, dict]:                                                # "data set, method" -> every setting of its stages
+    "The complete configuration behind each number, defaults included."
+    return {", ".join(key): stage.infra.config(uid=True, exclude_defaults=False) for key, stage in stages.items()}

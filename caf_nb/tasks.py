@@ -184,10 +184,15 @@ class Detector(nn.Module):
     ):
         super().__init__()
         self.classes, self.model = tuple(classes), model
-        with contained_ultralytics():
-            self.net = _detection_network(model, self.classes, seed)
-            if weights is not None: _load_detector(self.net, weights, model)
-        self.provenance = f"random (seed {seed})" if weights is None else Path(weights).name
+        with contained_ultralytics(): self.net = _detection_network(model, self.classes, seed)
+        self.provenance = f"random (seed {seed})"
+        if weights is not None: self.load(weights)
+
+    def load(self, weights: str | Path, # a .pt file of ultralytics for the same `model`
+    ) -> None:
+        "Take over trained weights. Raises `CafError` if the file is missing, unreadable, or holds another network."
+        with contained_ultralytics(): _load_detector(self.net, weights, self.model)
+        self.provenance = Path(weights).name
 
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32
              targets: Sequence[Tensor],         # B tensors (n,5): class, cx, cy, w, h; relative; n may be 0

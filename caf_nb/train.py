@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .core import CafError, DetectorSettings, FusionSettings, SegmenterSettings, device as find_device
 from .data import EXTENSIONS, Scene, batches, luma, read_image, write_png
-from .tasks import Detector, Segmenter, _load_detector, contained_ultralytics
+from .tasks import Detector, Segmenter, contained_ultralytics
 
 # %% ../nbs/07_train.ipynb #efce2423
 @contextmanager
@@ -58,7 +58,7 @@ def _step(loss: Tensor,                     # scalar
 # %% ../nbs/07_train.ipynb #cc5ecec1
 def train_fusion(net: nn.Module,            # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
                  scenes: Sequence[Scene],   # of one size; a list, if making a scene is slow
-                 space: Callable,           # LossSpace: space(fused, ir, vi, beta) -> scalar
+                 space: Callable,           # LossSpace on the device of `net`: space(fused, ir, vi, beta) -> scalar
                  beta: Tensor,              # (15,) weights in the order of TERMS
                  settings: FusionSettings,  # epochs, batch size, learning rate of Adam
                  seed: int = 0,             # of the batch order
@@ -94,7 +94,15 @@ def _label_rows(boxes: Tensor,  # (n,5): class, cx, cy, w, h; relative to the im
             raise CafError(f"box {[round(v, 4) for v in row[1:]]} is empty or not inside the image", file, "Give cx, cy, w, h relative to the image")
     return "".join(f"{int(row[0])} {' '.join(f'{value:.6f}' for value in row[1:])}\n" for row in boxes.tolist())
 
-# %% ../nbs/07_train.ipynb #9f1d9e81
+# %% ../nbs/07_train.ipynb #49a21bca
+def _split_folders(root: Path, split: str, kind: str, stems: Sequence[str]) -> tuple[Path, Path]:
+    "The folders of the images and of their `kind` of targets, made if absent. Raises `CafError` if other images are there."
+    pictures, targets = root/"images"/split, root/kind/split
+    for folder in (pictures, targets): folder.mkdir(parents=True, exist_ok=True)
+    if strays := {p.stem for p in pictures.iterdir()} - set(stems):
+        raise CafError(f"holds other pictures already ({min(strays)})", pictures, "Use an empty folder")
+    return pictures, targets
+
 def write_yolo_folder(root: str | Path,         # made if absent
                       split: str,               # "train", "val" or "test"
                       images: Sequence[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
@@ -105,11 +113,8 @@ def write_yolo_folder(root: str | Path,         # made if absent
     "Write one split in the layout of ultralytics. Raises `CafError` on bad labels and on a folder with other pictures."
     root = Path(root)
     if split not in ("train", "val", "test"): raise CafError(f"there is no split {split!r}", remedy="Choose train, val or test")
-    pictures, labels = root/"images"/split, root/"labels"/split
-    for folder in (pictures, labels): folder.mkdir(parents=True, exist_ok=True)
+    pictures, labels = _split_folders(root, split, "labels", stems)
     labels.with_suffix(".cache").unlink(missing_ok=True)
-    if strays := {p.stem for p in pictures.iterdir()} - set(stems):
-        raise CafError(f"holds other pictures already ({min(strays)})", pictures, "Use an empty folder")
     for image, rows, stem in zip(images, boxes, stems, strict=True):
         (labels/f"{stem}.txt").write_text(_label_rows(rows, labels/f"{stem}.txt", classes))
         write_png(pictures/f"{stem}.png", image)
@@ -256,16 +261,15 @@ def finetune_detector(detector: Detector,                  # where it starts; ta
     "Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Raises `CafError` on unusable folders."
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
-    half = "bf16" if find_device(device).type == "cuda" else False
+    half = "bf16" if find_device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else False
     options = _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml", epochs=settings.epochs,
-                        seed=seed, deterministic=True, amp=half, patience=0, val=select_best) | recipe
-    with contained_ultralytics(), _their_errors(data):
-        checkpoint, losses = _run_trainer(detector, options, select_best, progress)
-        _load_detector(detector.net, checkpoint, detector.model)
-    detector.eval()
-    detector.provenance = f"{detector.model} from {detector.provenance}, {settings.epochs} epochs (seed {seed})"
+                        nbs=settings.batch_size, seed=seed, deterministic=True, amp=half, patience=0, val=select_best) | recipe
+    provenance = f"{detector.model} from {detector.provenance}, {settings.epochs} epochs (seed {seed})"
+    with contained_ultralytics(), _their_errors(data): checkpoint, losses = _run_trainer(detector, options, select_best, progress)
+    detector.load(checkpoint)
+    detector.eval().provenance = provenance
     scores = evaluate_detector(detector, data, size, device=device)
-    return DetectorResult(*scores, losses, checkpoint, detector.provenance, time.perf_counter() - start)
+    return DetectorResult(*scores, losses, checkpoint, provenance, time.perf_counter() - start)
 
 # %% ../nbs/07_train.ipynb #1bcaf066
 def write_mask_folder(root: str | Path,         # made if absent
@@ -274,9 +278,8 @@ def write_mask_folder(root: str | Path,         # made if absent
                       masks: Sequence[Tensor],  # (H,W) class index; 255: does not count
                       stems: Sequence[str],     # file names without extension
 ) -> None:
-    "Write one split of images and class masks."
-    pictures, labels = Path(root)/"images"/split, Path(root)/"masks"/split
-    for folder in (pictures, labels): folder.mkdir(parents=True, exist_ok=True)
+    "Write one split of images and class masks. Raises `CafError` on a folder with other pictures."
+    pictures, labels = _split_folders(Path(root), split, "masks", stems)
     for image, mask, stem in zip(images, masks, stems, strict=True):
         write_png(pictures/f"{stem}.png", image)
         write_png(labels/f"{stem}.png", mask[None].to(torch.uint8))

@@ -46,7 +46,8 @@ def caf_fuse(folder, **changes):
 
 def sentences(run):
     "What was said on stderr, without the progress bar."
-    return [line.split("\r")[-1] for line in run.stderr.splitlines() if line.startswith("caf-fuse: ")]
+    lines = [line.split("\r")[-1] for line in run.stderr.split("\n")]
+    return [line for line in lines if line.startswith("caf-fuse: ")]
 
 
 def contents(*folders):
