@@ -82,6 +82,7 @@ class DetectorSettings(_Settings):
     model: str                 # name of an ultralytics configuration
     epochs: int
     batch_size: int
+    nominal_batch: int         # the optimiser steps after so many images; YOLOv5's recipe: 64
     pretrained: bool           # COCO weights needed
 
 class SegmenterSettings(_Settings):
@@ -114,24 +115,24 @@ class Profile(_Settings):
 # %% ../nbs/00_core.ipynb #b38ac368
 PROFILES = {p.name: p for p in (
     Profile(name="smoke", note="wiring only: these numbers show that the code runs, and nothing else",
-            data=DataSettings(source="embedded", size=96, train=16, val=8, test=16),
-            search=SearchSettings(epochs=1, batch_size=4, lr_task=1e-3),
-            fusion=FusionSettings(epochs=2, batch_size=4, lr=1e-3),
-            detector=DetectorSettings(model="yolov5n", epochs=2, batch_size=8, pretrained=False),
+            data=DataSettings(source="embedded", size=96, train=48, val=8, test=24),
+            search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3, lr_task=1e-3),
+            fusion=FusionSettings(epochs=1, batch_size=4, lr=1e-3),
+            detector=DetectorSettings(model="yolov5n", epochs=12, batch_size=8, nominal_batch=8, pretrained=False),
             segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
             vgg="random"),
     Profile(name="mini", note="trends on embedded scenes, not the paper's data",
             data=DataSettings(source="embedded", size=96, train=256, val=64, test=128),
             search=SearchSettings(epochs=2, batch_size=4, lr_fusion=1e-3, lr_task=1e-3, warmup_task=100),
             fusion=FusionSettings(epochs=2, batch_size=8, lr=1e-3),
-            detector=DetectorSettings(model="yolov5n", epochs=30, batch_size=16, pretrained=False),
+            detector=DetectorSettings(model="yolov5n", epochs=30, batch_size=16, nominal_batch=16, pretrained=False),
             segmenter=SegmenterSettings(model="b0", steps=300, batch_size=8, lr=6e-4, pretrained=False),
             vgg="random"),
     Profile(name="paper", note="the paper's settings (section 4.1)",
             data=DataSettings(source="published", size=320),
             search=SearchSettings(epochs=10, batch_size=8),
             fusion=FusionSettings(epochs=100, batch_size=8),
-            detector=DetectorSettings(model="yolov5s", epochs=100, batch_size=16, pretrained=True),
+            detector=DetectorSettings(model="yolov5s", epochs=100, batch_size=16, nominal_batch=64, pretrained=True),
             segmenter=SegmenterSettings(model="b1", steps=4000, batch_size=16, pretrained=True),
             vgg="imagenet"),
 )}

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from pydantic import BaseModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,7 +43,7 @@ def _block(inputs: int, outputs: int, norm: bool = True) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers, act=nn.ReLU(inplace=True)))
 
 class FusionNet(nn.Module):
-    "The fusion network F(ir, vi; omega_f) of the paper, 148,321 parameters. Source: the released network (the paper gives no layer table)."
+    "The fusion network F(ir, vi; omega_f) of the paper, 148,321 parameters. Source: the layers of the released checkpoints."
     reach = 6 # rows and columns around a pixel that it depends on
 
     def __init__(self):
@@ -241,14 +242,15 @@ def load_tensors(net: nn.Module,               # any network; changed only if ev
     net.load_state_dict(tensors)
     return net
 
-# %% ../nbs/04_fusion.ipynb #126001b6
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    "Let `write` make the file beside its place and move it there."
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+# %% ../nbs/04_fusion.ipynb #96d93c11
+def _replace(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    "Let each writer make its file beside its place, and when all are complete move them there."
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in writers}
     try:
-        write(part)
-        part.replace(path)
-    finally: part.unlink(missing_ok=True)
+        for path, write in writers.items(): write(parts[path])
+        for path, part in parts.items(): part.replace(path)
+    finally:
+        for part in parts.values(): part.unlink(missing_ok=True)
 
 def save_fusion(path: str | Path,                # FILE.safetensors
                 net: nn.Module,                  # its whole state is kept
@@ -261,9 +263,9 @@ def save_fusion(path: str | Path,                # FILE.safetensors
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
-        _replace(path, lambda part: save_file(state, part))
-    except OSError as error: raise CafError(f"cannot be written ({error.strerror or error})", path, "Choose a folder that you may write to") from None
+        _replace({path: lambda part: save_file(state, part), path.with_suffix(".json"): lambda part: part.write_text(text + "\n", encoding="utf-8")})
+    except (OSError, SafetensorError) as error:
+        raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path, "Choose a folder that you may write to") from None
 
 # %% ../nbs/04_fusion.ipynb #90576c8b
 class Source(nn.Module):
@@ -313,7 +315,7 @@ def load_fusion(method: str,                            # a name in `METHODS`: "
         if weights is None and not _bundled(method).is_file():
             raise CafError(f"method {method!r} needs weights, and none come with the package", remedy="Name a file with weights")
         file = Path(weights) if weights is not None else _bundled(method)
-        tensors = entry.read(file)
+        tensors = read_tensors(file) if file.suffix == ".safetensors" else entry.read(file)
         load_tensors(net, tensors if tensors.keys() == net.state_dict().keys() else entry.convert(tensors), file)
     return net.eval().to(target)
 

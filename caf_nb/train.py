@@ -263,7 +263,7 @@ def finetune_detector(detector: Detector,                  # where it starts; ta
     for split in ("train", "test"): _check_split(data, split, detector.classes)
     half = "bf16" if find_device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else False
     options = _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml", epochs=settings.epochs,
-                        nbs=settings.batch_size, seed=seed, deterministic=True, amp=half, patience=0, val=select_best) | recipe
+                        nbs=settings.nominal_batch, seed=seed, deterministic=True, amp=half, patience=0, val=select_best) | recipe
     provenance = f"{detector.model} from {detector.provenance}, {settings.epochs} epochs (seed {seed})"
     with contained_ultralytics(), _their_errors(data): checkpoint, losses = _run_trainer(detector, options, select_best, progress)
     detector.load(checkpoint)

@@ -223,7 +223,7 @@ def process_state() -> tuple:
 def test_finetuning_depends_on_its_seed_alone_and_leaves_the_process_alone(yolo_folder, tmp_path):
     def run(name, seed):
         detector = Detector(M3FD_CLASSES)
-        settings = DetectorSettings(model="yolov5n", epochs=1, batch_size=4, pretrained=False)
+        settings = DetectorSettings(model="yolov5n", epochs=1, batch_size=4, nominal_batch=4, pretrained=False)
         return finetune_detector(detector, yolo_folder, settings, SIZE, tmp_path / name, seed=seed, device="cpu", progress=False)
 
     before = process_state()
@@ -240,7 +240,7 @@ def test_finetuning_depends_on_its_seed_alone_and_leaves_the_process_alone(yolo_
 def test_the_detector_takes_over_what_the_checkpoint_holds(yolo_folder, tmp_path):
     detector = Detector(M3FD_CLASSES)
     start = next(detector.parameters()).detach().clone()
-    settings = DetectorSettings(model="yolov5n", epochs=1, batch_size=4, pretrained=False)
+    settings = DetectorSettings(model="yolov5n", epochs=1, batch_size=4, nominal_batch=4, pretrained=False)
     result = finetune_detector(detector, yolo_folder, settings, SIZE, tmp_path / "run", device="cpu", select_best=True, progress=False)
     assert not torch.equal(next(detector.parameters()), start)
     back = Detector(M3FD_CLASSES, weights=result.checkpoint)
