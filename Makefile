@@ -1,6 +1,6 @@
 # Two commands: `make demo` (install, run every paper notebook in profile smoke, end with a page) and `make test`.
 
-PYTHON  ?= python3.11
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= smoke
 OUT     ?= out/$(PROFILE)
 BIN     := .venv/bin
@@ -16,9 +16,11 @@ demo: install
 report: install
 	caf-report --profile $(PROFILE) --out $(OUT)
 
+# One thread a process, and a process a core: small tensors gain nothing from more threads and lose much by waiting for them.
+test: export OMP_NUM_THREADS := 1
 test: install sync
-	nbdev_test --n_workers 1 --do_print --skip_file_re '^(table|figure|discrepancies|benchmark|claims)'
-	pytest
+	nbdev_test --n_workers 2 --do_print --skip_file_re '^(table|figure|discrepancies|benchmark|claims)'
+	pytest -n 2 --dist loadfile
 
 # The notebooks are the source: exporting and cleaning them once more must change nothing.
 sync: install
@@ -35,7 +37,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Installing PyTorch and friends into .venv: about 7 GB, a few minutes."
-	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[all]'
+	$(BIN)/python -m pip install --progress-bar on -e '.[all]'
 	touch $@
 
 clean:

@@ -37,7 +37,7 @@ def _check_complete(path: Path) -> None:
         with Image.open(path) as image: image.load()
     except UnidentifiedImageError:
         raise CafError("is not an image", path, "Remove it, or export the picture again") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CafError(f"cannot be decoded ({error})", path, "Copy or export the picture again") from None
 
 # %% ../nbs/01_data.ipynb #59f94be9

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -263,7 +263,7 @@ def save_fusion(path: str | Path,                # FILE.safetensors
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace({path: lambda part: save_file(state, part), path.with_suffix(".json"): lambda part: part.write_text(text + "\n", encoding="utf-8")})
+        _replace({path: lambda part: part.write_bytes(save(state)), path.with_suffix(".json"): lambda part: part.write_text(text + "\n", encoding="utf-8")})
     except (OSError, SafetensorError) as error:
         raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path, "Choose a folder that you may write to") from None
 

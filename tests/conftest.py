@@ -3,14 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _threads():
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

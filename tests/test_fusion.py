@@ -9,6 +9,7 @@ import struct
 import subprocess
 import tarfile
 import zipfile
+from pathlib import Path
 from functools import partial
 
 import numpy as np
@@ -355,7 +356,13 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_fusion(path, FusionNet(), {"epoch": 1})
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr(fusion, "save_file", lambda state, part: (part.write_bytes(b"half"), (_ for _ in ()).throw(OSError(28, "No space left on device"))))
+    real = Path.write_bytes
+
+    def disk_full(part, data):
+        real(part, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(CafError, match="No space left"):
         save_fusion(path, FusionNet(), {"epoch": 2})
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before and len(before) == 2

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from caf_nb.core import CafError
 from caf_nb.losses import TERMS, LossSpace, load_vgg, saliency_weights
 
 
@@ -44,3 +45,10 @@ def test_released_total(golden, released, mode):
     beta = golden["beta"].float()[[searched.index(name) for name in TERMS]]
     total = released(golden[f"fused_{mode}"], golden["ir"], golden["vi"], beta)
     assert total.item() == pytest.approx(golden[f"total_{mode}"].item(), rel=1e-5)
+
+
+@pytest.mark.disable_socket
+def test_imagenet_weights_that_cannot_be_had(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(CafError, match=r"ImageNet weights of VGG-16 cannot be loaded.*vgg16-397923af\.pth.*vgg="):
+        load_vgg("imagenet")
