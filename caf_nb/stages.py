@@ -251,11 +251,13 @@ def _check_table(profile: Profile, methods: Sequence[str], data_root: str | Path
     "What is missing for a table, said before any work is done."
     for method in methods:
         if method not in METHODS: raise CafError(f"there is no method {method!r}", remedy=f"Choose from {', '.join(METHODS)}")
-    if profile.data.source == "published" or str(data_root):
-        asked = "data_root names" if str(data_root) else f"profile {profile.name} needs"
-        raise CafError(f"{asked} the published data sets, and this version has no reader for them yet", data_root or None,
-                       "Use profile smoke or mini without data_root: they run on embedded scenes")
-    if profile.vgg != "random": load_vgg(profile.vgg)
+    missing = []
+    if str(data_root) or profile.data.source == "published": missing.append("a reader for the published data sets (this version has none)")
+    if profile.detector.pretrained: missing.append(f"COCO weights of {profile.detector.model} (no stage reads a file of them yet)")
+    if not missing and profile.vgg != "random": load_vgg(profile.vgg)
+    if missing:
+        raise CafError(f"profile {profile.name}{f' with data_root {data_root}' if str(data_root) else ''} lacks {' and '.join(missing)}",
+                       remedy="Use profile smoke or mini without data_root: they run on embedded scenes")
 
 # %% ../nbs/09_stages.ipynb #79e5a480
 def scores(stages: dict[tuple[str, str], FinetuneDetector], # of `table1`

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from .core import CafError, DetectorSettings, FusionSettings, SegmenterSettings, device as find_device
 from .data import EXTENSIONS, Scene, batches, luma, read_image, write_png
+from .search import descend
 from .tasks import Detector, Segmenter, contained_ultralytics
 
 # %% ../nbs/07_train.ipynb #efce2423
@@ -37,23 +38,11 @@ def _seeded(seed: int):
 
 def _where(net: nn.Module) -> torch.device: return next(net.parameters()).device
 
-# %% ../nbs/07_train.ipynb #636a8ee4
+# %% ../nbs/07_train.ipynb #ab4cf2c4
 class History(NamedTuple):
     "The course of a training."
     losses: list[float] # one a step, in order
     seconds: float
-
-def _step(loss: Tensor,                     # scalar
-          optimizer: torch.optim.Optimizer,
-          step: int,                        # counted from 1, for the error
-) -> float:                                 # the loss
-    "One step of `optimizer`. Raises `CafError` if the loss is not finite."
-    if not loss.isfinite():
-        raise CafError(f"the loss is {loss.item()} at step {step}", remedy="Lower the learning rate, or look for broken images")
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 # %% ../nbs/07_train.ipynb #cc5ecec1
 def train_fusion(net: nn.Module,            # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
@@ -75,7 +64,7 @@ def train_fusion(net: nn.Module,            # (ir, vi) -> fused (B,1,H,W); train
         for _ in range(settings.epochs):
             for batch in batches(scenes, settings.batch_size, generator):
                 ir, vi = batch.ir.to(where), luma(batch.vi.to(where))
-                losses.append(_step(space(net(ir, vi), ir, vi, beta), optimizer, len(losses) + 1))
+                losses.append(descend(space(net(ir, vi), ir, vi, beta), optimizer, len(losses) + 1))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 bar.update()
     net.eval()
@@ -377,7 +366,7 @@ def _segmenter_steps(segmenter: Segmenter, pairs: Sequence[tuple[Tensor, Tensor]
         order = order or list(torch.randperm(len(pairs), generator=generator).split(settings.batch_size))
         images, masks = _stacked(pairs, order.pop(0).tolist(), where)
         if torch.rand(1, generator=generator) < 0.5: images, masks = images.flip(-1), masks.flip(-1)
-        losses.append(_step(segmenter.loss(images, masks), optimizer, step))
+        losses.append(descend(segmenter.loss(images, masks), optimizer, step))
         schedule.step()
     segmenter.eval()
     return losses
