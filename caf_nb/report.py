@@ -163,6 +163,8 @@ def conclusion(compared: pd.DataFrame, # of `compare`
         said += [f"{judged['reproduced']} agree with the printed ones, {judged['not reproduced']} do not."]
     else: said += ["They come from embedded scenes, so none of the paper's claims was put to the test here."]
     said += [f"{int(compared.paper.isna().sum())} of the paper's {len(compared)} values have not been transcribed."]
+    noted = compared[compared.note != ""]
+    if len(noted): said += ["Notes on printed values: " + "; ".join(f"{FACES[r.method].name}, {r.dataset}, {r.metric} {r.paper:.1f}: {r.note}" for r in noted.itertuples()) + "."]
     return " ".join(said)
 
 # %% ../nbs/10_report.ipynb #8ef4ee7d
