@@ -50,9 +50,9 @@ class Printed(NamedTuple):
 MAP, MAP50 = "mAP@.5:.95", "mAP@.5"
 COLUMNS = {1: {"m3fd": (*M3FD_CLASSES, MAP, MAP50), "multispectral": (*MULTISPECTRAL_CLASSES, MAP, MAP50)}}
 PRINTED = (
-    Printed(1, "m3fd", "umfusion", "People", 29.9, "second-hand"),
-    Printed(1, "m3fd", "u2fusion", "People", 29.3, "second-hand"),
-    Printed(1, "m3fd", "u2fusion", "Car", 51.3, "second-hand"),
+    Printed(1, "m3fd", "umfusion", "People", 29.9, "second-hand; that the column is M3FD's is our reading of the class name"),
+    Printed(1, "m3fd", "u2fusion", "People", 29.3, "second-hand; that the column is M3FD's is our reading of the class name"),
+    Printed(1, "m3fd", "u2fusion", "Car", 51.3, "second-hand; that the column is M3FD's is our reading of the class name"),
     Printed(1, "multispectral", "umfusion", MAP, 39.9, "second-hand; most likely a misprint for 29.9, the mean of its class columns"),
 )
 
