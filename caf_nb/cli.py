@@ -38,6 +38,8 @@ def _version(wanted: bool) -> None:
         typer.echo(f"caf_nb {__version__}")
         raise typer.Exit
 
+_Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")]
+
 # %% ../nbs/11_cli.ipynb #be92d4de
 fuse_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -50,7 +52,7 @@ def caf_fuse(
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Our .safetensors or the authors' checkpoint. Without it: the weights in the package.")] = None,
     color: Annotated[bool, typer.Option("--color/--gray", help="Colour where the visible image has it, or gray throughout.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False,
+    version: _Version = False,
 ) -> None:
     """Fuse aligned infrared and visible pictures.
 
@@ -73,7 +75,7 @@ def caf_report(
     profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends) or paper.")] = "smoke",
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for tables, pictures and the page; default out/PROFILE.")] = "",
     notebooks: Annotated[Path, typer.Option(metavar="DIR", help="Where the paper notebooks are.")] = Path("nbs"),
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and stop.")] = False,
+    version: _Version = False,
 ):
     "Run every paper notebook in a profile and render one page."
     with _plainly("caf-report"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FusionNet', 'to_official', 'from_official', 'read_tensors', 'load_tensors', 'save_fusion', 'Source',
-           'Method', 'load_fusion', 'fuse', 'FolderResult', 'fuse_folder']
+           'Method', 'find_method', 'load_fusion', 'fuse', 'FolderResult', 'fuse_folder']
 
 # %% ../nbs/04_fusion.ipynb #827e8a9b
 import io
@@ -298,7 +298,9 @@ def _bundled(method: str) -> Path:
     "Where the weights that come with the package would be."
     return Path(str(resources.files("caf_nb").joinpath("weights", f"{method}.safetensors")))
 
-def _method(name: str) -> Method:
+def find_method(name: str, # a name in `METHODS`
+) -> Method:
+    "The entry of a method. Raises `CafError` on an unknown name, with the known ones."
     if name not in METHODS: raise CafError(f"there is no method {name!r}", remedy=f"Choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
@@ -308,7 +310,7 @@ def load_fusion(method: str,                            # a name in `METHODS`: "
                 device: str | torch.device | None = None, # as for `caf_nb.core.device`; None: CPU
 ) -> nn.Module:                                         # in eval mode
     "A fusion method, ready for `fuse`. Raises `CafError` on an unknown name, and on weights that are absent or do not fit."
-    entry, target = _method(method), find_device("cpu" if device is None else device)
+    entry, target = find_method(method), find_device("cpu" if device is None else device)
     net = entry.network()
     if entry.read is None and weights is not None: raise CafError(f"method {method!r} has no weights", weights, "Leave the weights out")
     if entry.read is not None:

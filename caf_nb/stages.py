@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .core import CafError, DataSettings, DetectorSettings, FusionSettings, Profile, SearchSettings, SegmenterSettings
 from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, luma, recolor_uint8, to_uint8
-from .fusion import METHODS, FusionNet, fuse, load_fusion
+from .fusion import FusionNet, find_method, fuse, load_fusion
 from .losses import TERMS, LossSpace, load_vgg
 from .search import search
 from .synth import SynthScenes
@@ -51,11 +51,7 @@ class Data(BaseModel):
         number, key = len(_SPLITS) * len(_LABELS), _SPLITS.index(which) + len(_SPLITS) * list(_LABELS).index(self.name)
         return SynthScenes(getattr(self.settings, which), self.settings.size, seed=number * self.seed + key, task=_LABELS[self.name])
 
-# %% ../nbs/09_stages.ipynb #2ef50885
-def _held(scenes: Sequence[Scene]) -> list[Scene]:
-    "All scenes of a split in memory."
-    return [scenes[i] for i in range(len(scenes))]
-
+# %% ../nbs/09_stages.ipynb #4bb778f5
 def _folder(infra: TaskInfra, name: str) -> Path:
     "Where a stage keeps its files. Raises `CafError` if it was built without a folder."
     if infra.folder is None: raise CafError("this stage writes files and has no folder", remedy='Build it with infra={"folder": ...}')
@@ -91,7 +87,7 @@ class Search(BaseModel):
     @infra.apply
     def run(self) -> Searched:
         start, task, vgg = time.perf_counter(), self.task(), load_vgg(self.vgg)
-        found = search(_untrained(self.seed), task, LossSpace(self.variant, vgg), _held(self.data.split("train")), _held(self.data.split("val")),
+        found = search(_untrained(self.seed), task, LossSpace(self.variant, vgg), list(self.data.split("train")), list(self.data.split("val")),
                        self.settings, self.seed)
         about = {"loss": f"searched, variant {self.variant}, {len(found.history)} steps", "VGG of terms n, o": vgg.pretrained,
                  "task network of the search": f"{task.model} from {task.provenance}", "search seconds": f"{time.perf_counter() - start:.0f}"}
@@ -138,7 +134,7 @@ class TrainFusion(BaseModel):
     def run(self) -> Trained:
         found, net, vgg = self.loss.run(), _untrained(self.seed), load_vgg(self.loss.vgg)
         beta = torch.tensor([found.beta[name] for name in TERMS])
-        history = train_fusion(net, _held(self.data.split("train")), LossSpace(self.loss.variant, vgg), beta, self.settings, self.seed)
+        history = train_fusion(net, list(self.data.split("train")), LossSpace(self.loss.variant, vgg), beta, self.settings, self.seed)
         about = {"fusion network": f"FusionNet from random (seed {self.seed}), {len(history.losses)} steps", "fusion seconds": f"{history.seconds:.0f}"}
         return Trained(net.state_dict(), history.losses, found.provenance | about)
 
@@ -176,7 +172,7 @@ class FuseDataset(BaseModel):
         "The folder of pictures and labels."
         folder, net = _folder(self.infra, "fused"), self.model.network()
         gray = isinstance(self.model, Method) and self.model.method == "ir"
-        for split in _SPLITS: self._write(folder, split, _held(self.data.split(split)), net, gray)
+        for split in _SPLITS: self._write(folder, split, list(self.data.split(split)), net, gray)
         return folder
 
     def _write(self, folder: Path, split: str, scenes: list[Scene], net: nn.Module, gray: bool) -> None:
@@ -190,7 +186,12 @@ def _picture(net: nn.Module, scene: Scene, gray: bool) -> Tensor:
     fused = fuse(net, scene.ir, luma(scene.vi))
     return to_uint8(fused) if gray else recolor_uint8(fused, scene.vi)
 
-# %% ../nbs/09_stages.ipynb #32270654
+# %% ../nbs/09_stages.ipynb #c4d690ed
+def _origin(stage: "FinetuneDetector | FinetuneSegmenter", judge: str) -> dict[str, str]:
+    "Provenance of the images, then that of the network that judged them."
+    result = stage.run()
+    return stage.fused.model.provenance() | {judge: result.provenance, f"{judge} seconds": f"{result.seconds:.0f}", "stage": stage.infra.uid()}
+
 class FinetuneDetector(BaseModel):
     "Fine-tune a detector on fused images and score it on the test split."
     model_config = ConfigDict(extra="forbid")
@@ -207,8 +208,7 @@ class FinetuneDetector(BaseModel):
 
     def provenance(self) -> dict[str, str]:
         "Where the scores come from."
-        result = self.run()
-        return self.fused.model.provenance() | {"detector": result.provenance, "detector seconds": f"{result.seconds:.0f}", "stage": self.infra.uid()}
+        return _origin(self, "detector")
 
 class FinetuneSegmenter(BaseModel):
     "Fine-tune a segmenter on fused images and score it on the test split."
@@ -226,8 +226,7 @@ class FinetuneSegmenter(BaseModel):
 
     def provenance(self) -> dict[str, str]:
         "Where the scores come from."
-        result = self.run()
-        return self.fused.model.provenance() | {"segmenter": result.provenance, "segmenter seconds": f"{result.seconds:.0f}", "stage": self.infra.uid()}
+        return _origin(self, "segmenter")
 
 # %% ../nbs/09_stages.ipynb #ada88cc2
 def table1(profile: Profile,
@@ -249,8 +248,7 @@ def table1(profile: Profile,
 
 def _check_table(profile: Profile, methods: Sequence[str], data_root: str | Path) -> None:
     "What is missing for a table, said before any work is done."
-    for method in methods:
-        if method not in METHODS: raise CafError(f"there is no method {method!r}", remedy=f"Choose from {', '.join(METHODS)}")
+    for method in methods: find_method(method)
     missing = []
     if str(data_root) or profile.data.source == "published": missing.append("a reader for the published data sets (this version has none)")
     if profile.detector.pretrained: missing.append(f"COCO weights of {profile.detector.model} (no stage reads a file of them yet)")
