@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from caf_nb import fusion
+from caf_nb import checkpoints
+from caf_nb.checkpoints import load_tensors, read_tensors
 from caf_nb.core import CafError
 from caf_nb.data import luma, read_image, read_pair, write_png
-from caf_nb.fusion import METHODS, FusionNet, Source, fuse, fuse_folder, load_fusion, load_tensors, read_tensors, save_fusion
+from caf_nb.fusion import FusionNet, Source, fuse, fuse_folder, load_fusion, save_fusion
+from caf_nb.zoo import METHODS, Method
 
 WEIGHTS = ["weights/caf/Det_final.pth", "golden/caf_det/state.safetensors"]
 
@@ -183,7 +185,7 @@ def write(path, program, zipped):
             archive.writestr("archive/version", b"3\n")
     else:
         system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
-        path.write_bytes(fusion._LEGACY + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + program + pickle.dumps([], 2))
+        path.write_bytes(checkpoints._LEGACY + pickle.dumps(1001, 2) + pickle.dumps(system, 2) + program + pickle.dumps([], 2))
     return path
 
 
@@ -223,7 +225,7 @@ def test_programs_are_refused(tmp_path, program, zipped, extension):
     with pytest.raises(CafError):
         read_tensors(write(tmp_path / "a.pth", b"\x80\x04" + PROGRAMS[program], zipped))
     assert (vars(function), function.__defaults__) == (before, (None,))
-    assert not hasattr(fusion._Record, "__getattr__")
+    assert not hasattr(checkpoints._Record, "__getattr__")
     assert torch.equal(read_tensors(save({"a": torch.ones(2)}, tmp_path / "b.pth", zipped))["a"], torch.ones(2))
 
 
@@ -345,7 +347,7 @@ def test_a_method_is_an_entry(tmp_path, monkeypatch):
             super().__init__()
             self.share = nn.Parameter(torch.tensor(0.5))
         def forward(self, ir, vi): return self.share * ir + (1 - self.share) * vi
-    monkeypatch.setitem(METHODS, "mean", fusion.Method(Mean, read_tensors, lambda state: {"share": state["w"]}))
+    monkeypatch.setitem(METHODS, "mean", Method(Mean, "Mean", convert=lambda state: {"share": state["w"]}))
     ir, vi = torch.zeros(2, 1, 3, 3), torch.ones(2, 1, 3, 3)
     assert torch.equal(fuse(load_fusion("mean", save({"w": torch.tensor(0.25)}, tmp_path / "a.pth", True)), ir, vi), torch.full_like(ir, 0.75))
     save_fusion(tmp_path / "b.safetensors", Mean(), {})

@@ -21,7 +21,7 @@ def exported(notebook: Path) -> str | None:
 
 notebooks = [p for p in Path("nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
 want = {m for m in map(exported, notebooks) if m}
-have = {p.relative_to("caf_nb").as_posix() for p in Path("caf_nb").rglob("*.py") if p.name not in KEPT}
+have = {p.relative_to("caf_nb").as_posix() for p in Path("caf_nb").rglob("*.py") } - KEPT
 for module in sorted(want - have):
     print(f"caf_nb/{module} is missing; run nbdev_export")
 for module in sorted(have - want):
