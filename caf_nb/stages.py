@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from .core import CafError, DataSettings, DetectorSettings, FusionSettings, Profile, SearchSettings, SegmenterSettings
 from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, luma, recolor_uint8, to_uint8
-from .fusion import FusionNet, find_method, fuse, load_fusion
+from .fusion import FusionNet, fuse, load_fusion
 from .losses import TERMS, LossSpace, load_vgg
 from .search import search
 from .synth import SynthScenes
 from .tasks import Detector, Segmenter
-from .train import (DetectorResult, MaskFolder, SegmenterResult, finetune_detector, finetune_segmenter, train_fusion,
+from .train import (DetectorResult, MaskFolder, SegmenterResult, caf_recipe, finetune_detector, finetune_segmenter, train_fusion,
                           write_mask_folder, write_yolo_folder)
 
 # %% ../nbs/09_stages.ipynb #3bc16e43
@@ -134,7 +134,7 @@ class TrainFusion(BaseModel):
     def run(self) -> Trained:
         found, net, vgg = self.loss.run(), _untrained(self.seed), load_vgg(self.loss.vgg)
         beta = torch.tensor([found.beta[name] for name in TERMS])
-        history = train_fusion(net, list(self.data.split("train")), LossSpace(self.loss.variant, vgg), beta, self.settings, self.seed)
+        history = train_fusion(net, list(self.data.split("train")), caf_recipe(LossSpace(self.loss.variant, vgg), beta, self.settings), self.seed)
         about = {"fusion network": f"FusionNet from random (seed {self.seed}), {len(history.losses)} steps", "fusion seconds": f"{history.seconds:.0f}"}
         return Trained(net.state_dict(), history.losses, found.provenance | about)
 
