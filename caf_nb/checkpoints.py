@@ -166,8 +166,8 @@ def renamed(state: Mapping[str, Tensor], # dotted names; the part behind the las
             names: Mapping[str, str],    # module to module
 ) -> dict[str, Tensor]:                  # the same tensors in the same order
     "`state` with the module part of each name looked up in `names`; unknown names stay."
-    parts = {name: name.rpartition(".") for name in state}
-    return {f"{names.get(parts[name][0], parts[name][0])}.{parts[name][2]}": tensor for name, tensor in state.items()}
+    parts = [name.rpartition(".") for name in state]
+    return {names.get(module, module) + dot + part: tensor for (module, dot, part), tensor in zip(parts, state.values(), strict=True)}
 
 # %% ../nbs/04a_checkpoints.ipynb #b18dca57
 def load_tensors(net: nn.Module,               # any network; changed only if everything fits
