@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from .core import CafError, DetectorSettings, FusionSettings, SegmenterSettings, device as find_device, seeded
@@ -78,6 +79,7 @@ def _train_stage(net: nn.Module, scenes: Sequence[Scene], recipe: Recipe, genera
     optimizer = recipe.optimizer(objective.trained(net))
     schedule = recipe.schedule and recipe.schedule(optimizer)
     for objective.epoch in range(recipe.epochs):
+        started = len(losses)
         for batch in batches(scenes, recipe.batch_size, generator):
             objective.step = len(losses)
             ir, vi = _cropped(batch.ir.to(where), luma(batch.vi.to(where)), recipe.crop, generator)
@@ -85,7 +87,8 @@ def _train_stage(net: nn.Module, scenes: Sequence[Scene], recipe: Recipe, genera
             losses.append(descend(objective(net, ir, vi), optimizer, len(losses) + 1))
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
             bar.update()
-        if schedule: schedule.step()
+        if isinstance(schedule, ReduceLROnPlateau): schedule.step(sum(losses[started:]) / (len(losses) - started))
+        elif schedule: schedule.step()
     return losses
 
 def train_fusion(net: nn.Module,                     # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
