@@ -9,6 +9,7 @@ __all__ = ['find_scenes', 'deal', 'make_split', 'asked_ratio', 'Block', 'blocks'
 # %% ../nbs/01c_archives.ipynb #cf194aac
 import csv
 import hashlib
+import json
 import math
 import os
 import random
@@ -24,7 +25,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ def make_split(published: Published,                                 # all of it
     is divided into train and val. Raises `CafError` if there are too few scenes."""
     fixed = {"test"} if "val" not in published.own_parts else set(DISJOINT)
     kept = [Member(part, -1, item.stem) for item in published.items for part in item.parts if part in fixed]
-    free = [item for item in published.items if not fixed & set(item.parts) and item.parts != ("detection",)]
+    free = [item for item in published.items if not fixed & set(item.parts)]
     if not kept and not free: raise CafError(f"no image of {published.name} can be divided", published.root, "Pass the whole data set")
     ratio = asked_ratio(published, ratio)
     members = kept + (deal(find_scenes(free, progress=progress), ratio, seed) if free else [])
@@ -284,6 +284,25 @@ class Checked(NamedTuple):
         "A row a finding: kind, file (relative to the root), detail, whether it is only a note."
         return pd.DataFrame([(f.kind, _shown(f.file, self.root), _printable(f.detail), f.kind in NOTES) for f in self.findings], columns=["kind", "file", "detail", "note"])
 
+    def text(self, limit: int = 40, # findings to list
+    ) -> str:
+        "The report for a person: counts, then the findings, wrong ones first."
+        def counted(counts): return ", ".join(f"{name} {n:,}" for name, n in counts.items()) or "-"
+        table = self.table.sort_values("note", kind="stable")
+        rows = {"data set": f"{self.dataset} in {_printable(str(self.root))}", "pairs": f"{self.pairs:,}" + (f" of {self.published:,} published" if self.published else ""),
+                "sizes": counted(self.sizes), "parts": counted(self.parts), "classes": counted(self.classes),
+                "wrong": counted(Counter(f.kind for f in self.findings if f.kind not in NOTES))}
+        lines = [f"{name:9} {value}" for name, value in rows.items()]
+        widths = [max(map(len, table[c].head(limit)), default=0) for c in ("kind", "file")]
+        lines += [""] * bool(len(table)) + [f"{'note: ' if note else ''}{kind:{widths[0]}}  {file:{widths[1]}}  {detail}" for kind, file, detail, note in table.head(limit).itertuples(index=False)]
+        if len(table) > limit: lines.append(f"... and {len(table) - limit:,} more; --json lists all")
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        "The report for a program."
+        return json.dumps({"dataset": self.dataset, "root": str(self.root), "ok": self.ok, "pairs": self.pairs, "published": self.published, "sizes": self.sizes,
+                           "classes": self.classes, "parts": self.parts, "findings": self.table.to_dict("records")}, indent=1)
+
 def _shown(path: Path, root: Path) -> str:
     "A path relative to `root`, fit to be printed."
     text = str(path.relative_to(root) if path.is_relative_to(root) else path)
@@ -302,14 +321,14 @@ def check(dataset: str,                          # a key of `READERS`
     published = READERS[dataset](root, "all", split_file, names)
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore") # of Pillow, about sizes
-        seen = list(tqdm(pool.map(lambda item: _inspect(published, item), published.items), total=len(published), desc=f"checking {dataset}", disable=not progress))
+        seen = list(tqdm(pool.map(lambda item: _inspect(published, item), published.listed), total=len(published.listed), desc=f"checking {dataset}", disable=not progress))
     found = published.findings + [f for s in seen for f in s.findings]
     notes = {"no boxes": sum(s.empty for s in seen), "unnamed classes": sum(s.unnamed for s in seen), "black border": sum(s.border for s in seen) * (dataset == "multispectral")}
     found += [Finding(kind, published.root, f"{n} of {len(seen)} pairs") for kind, n in notes.items() if n]
     counts, sizes = sum((s.classes for s in seen), Counter()), Counter("{}x{}".format(*s.size) for s in seen if s.size)
-    named = [c for used, classes in ((any(i.boxes for i in published.items), published.classes), (any(i.mask for i in published.items), published.mask_classes)) if used for c in classes]
+    named = [c for used, classes in ((any(i.boxes for i in published.listed), published.classes), (any(i.mask for i in published.listed), published.mask_classes)) if used for c in classes]
     return Checked(dataset, Path(root), len(published), where(dataset).pairs, dict(sizes.most_common()), {c: counts[c] for c in dict.fromkeys([*named, *sorted(counts)])},
-                   dict(Counter(p for item in published.items for p in item.parts)), found)
+                   dict(Counter(p for item in published.listed for p in item.parts)), found)
 
 # %% ../nbs/01c_archives.ipynb #b0aefcd6
 class Prepared(NamedTuple):
@@ -318,6 +337,7 @@ class Prepared(NamedTuple):
     blocks: Path
     yolo: dict[str, Path]          # camera -> data.yaml; empty for sets without boxes
     parts: dict[str, int]          # images of each part
+    left_out: int                  # files that `check` would complain about
 
 def _copy(source: Path, target: Path) -> None:
     "Copy a file in one step, unless a copy of that size is there. Raises `CafError` if that fails."
@@ -340,7 +360,7 @@ def _prepared_split(published: Published, file: Path, seed: int, ratio: tuple[fl
     split = read_split(file)
     asked = (published.name, seed, *asked_ratio(published, ratio))
     if (split.dataset, split.seed, *split.ratio) != asked: raise CafError("was made from another seed or ratio", file, "Choose another folder, or remove this one")
-    stems = {item.stem for item in published.items if "detection" not in item.parts}
+    stems = {item.stem for item in published.items}
     if {m.stem for m in split.members} != stems: raise CafError("does not list the images of this archive", file, "Choose another folder, or remove this one")
     return split
 
@@ -354,7 +374,7 @@ def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, 
         write_text(folder/"labels"/part/f"{item.stem}.txt", "".join(f"{int(k)} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for k, cx, cy, w, h in rows))
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(write, published.items), total=len(published), desc=f"copying {camera}", disable=not progress): pass
-    text = "".join(f"{part}: images/{part}\n" for part in DISJOINT if part in part_of.values()) + yaml.safe_dump({"names": list(published.classes)}, default_flow_style=True, width=1000)
+    text = "".join(f"{part}: images/{part}\n" for part in DISJOINT if part in part_of.values()) + f"names: {json.dumps(published.classes)}\n"
     write_text(folder/"data.yaml", text)
     return folder/"data.yaml"
 
@@ -380,4 +400,5 @@ def prepare(dataset: str,                 # a key of `READERS`
     write_blocks(out/"blocks"/f"{dataset}.csv", blocks([training], n, size, seed))
     boxed = split is not None and all(item.boxes for item in published.items)
     yolo = {camera: _yolo_folder(published, split, camera, out/"yolo"/dataset/camera, progress) for camera in ("ir", "vi")} if boxed else {}
-    return Prepared(split_file, out/"blocks"/f"{dataset}.csv", yolo, dict(Counter(m.part for m in split.members)) if split else {})
+    return Prepared(split_file, out/"blocks"/f"{dataset}.csv", yolo, dict(Counter(m.part for m in split.members)) if split else {},
+                    sum(f.kind not in NOTES for f in published.findings))

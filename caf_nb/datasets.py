@@ -377,6 +377,7 @@ class Published(Sequence):
     mask_classes: ClassVar[tuple[str, ...]] = MFNET_CLASSES
     synonyms: ClassVar[dict[str, str | None]] = {}     # other names in use, lower case -> a class; None: known and left out
     own_parts: ClassVar[tuple[str, ...]] = ()          # those that the authors publish
+    extra: ClassVar[tuple[str, ...] | None] = None     # a part that "all" does not include
 
     def __init__(self, root: str | Path,                    # where the archive was unpacked
                  split: str = "all",                        # "all", "train", "val", "test" or another part that the set has
@@ -389,12 +390,13 @@ class Published(Sequence):
         if split != "all" and split not in parts:
             raise CafError(f"{self.name} has no part {split!r} here; it has {', '.join(['all', *parts])}", self.root,
                            f"Make a split with: caf-data prepare ROOT --dataset {self.name} --out DIR, and pass its split/{self.name}.txt")
-        self.items = [item for item in listing.items if split in ("all", *item.parts)]
+        self.listed = listing.items      # all complete pairs; `items` are those of the part
+        self.items = [item for item in self.listed if split in item.parts or (split == "all" and item.parts != self.extra)]
         self.findings = listing.findings # what was left out, and why
         if not self.items:
             first = next((f" ({f.file.name}: {f.kind}, {f.detail})" for f in self.findings), "")
             raise CafError(f"holds no complete pair of {self.name}{first}", self.root, f"See the expected tree with: caf-data where {self.name}")
-        rows = next((item.boxes for item in self.items if item.boxes and item.boxes.suffix.lower() == ".txt"), None)
+        rows = next((item.boxes for item in self.listed if item.boxes and item.boxes.suffix.lower() == ".txt"), None)
         self.names = tuple(names) if names is not None else _listed_names(rows.parent.parent) if rows else None
 
     @classmethod
@@ -574,6 +576,7 @@ class RoadScene(Published):
 class MSRS(Published):
     "MSRS (Tang 2022): 1,444 road scenes in the official parts train and test; masks where Segmentation_labels is there, boxes in the part detection."
     name, classes, own_parts = "msrs", ("person", "car", "bike"), ("train", "test", "detection")
+    extra = ("detection",) # not among the 1,444
     synonyms = {"people": "person", "pedestrian": "person", "bicycle": "bike"}
 
     @classmethod
