@@ -97,15 +97,17 @@ class SearchSettings(_Settings):
     decay: float = Field(0.998, gt=0, le=1)  # of every learning rate, each epoch
     warmup_task: int = Field(0, ge=0)        # steps of omega_t before anything else moves; the paper starts from COCO weights instead
     kind: Literal["finite_difference", "exact", "neumann"] = "finite_difference"  # of the hypergradient
-    neumann_terms: int | None = None         # kind neumann only
+    r: float | None = Field(None, gt=0)      # kind finite_difference only: its radius; the released code's is 0.01
+    neumann_terms: int | None = Field(None, ge=1) # kind neumann only
     steps_per_beta: int = Field(1, ge=1)     # steps of omega_t and omega_f between two of beta
     scale_free: bool = False                 # Adam sees the direction of the hypergradient, not its norm
     max_norm: float | None = Field(None, gt=0) # longest gradient of an omega step; longer ones are scaled down to it
     tolerance: float = Field(0, ge=0)        # stop when no weight moved further in an epoch; 0: all epochs
 
     @model_validator(mode="after")
-    def _only_neumann(self) -> "SearchSettings":
+    def _one_kind(self) -> "SearchSettings":
         if (self.neumann_terms is not None) != (self.kind == "neumann"): raise ValueError("neumann_terms belongs to kind neumann, which needs it")
+        if self.r is not None and self.kind != "finite_difference": raise ValueError("r belongs to kind finite_difference")
         return self
 
 class FusionSettings(_Settings):
