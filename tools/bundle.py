@@ -14,4 +14,4 @@ mini = Profile.named("mini")
 stage = TrainFusion(data=Data(name="m3fd", settings=mini.data), loss=Weighted(beta=(1 / len(TERMS),) * len(TERMS)),
                     settings=FusionSettings(epochs=5, batch_size=4, lr=1e-3), infra={"folder": "out/cache"})
 config = {"note": mini.note, "provenance": stage.provenance(), "stage": stage.infra.config(uid=True, exclude_defaults=False)}
-save_fusion("caf_nb/weights/caf.safetensors", stage.network(), config)
+save_fusion("caf_nb/weights/caf.safetensors", stage.fusion(), config)
