@@ -159,7 +159,7 @@ class DIDFuseLoss(Objective):
 
 # %% ../../nbs/zoo/didfuse.ipynb #be914d8c
 METHOD = Method(
-    network=DIDFuse, title="DIDFuse", venue="IJCAI", year=2020, page="https://github.com/Zhaozixiang1228/IVIF-DIDFuse", licence="none stated", weights="Encoder_weight_IJCAI.pkl",
-    read=read_official, convert=from_official,
+    network=DIDFuse, title="DIDFuse", venue="IJCAI", year=2020, page="https://github.com/Zhaozixiang1228/IVIF-DIDFuse", licence="none stated",
+    weights="Encoder_weight_IJCAI.pkl", read=read_official, convert=from_official,
     recipe=(Recipe(DIDFuseLoss, partial(torch.optim.Adam, lr=1e-3), epochs=120, batch_size=24, crop=128,
                    schedule=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=(40, 80), gamma=0.1)),))
