@@ -16,7 +16,7 @@ import random
 import shutil
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +34,18 @@ from .datasets import (DISJOINT, NOTES, READERS, Finding, Item, Member, Publishe
                              read_mask, read_split, read_yolo, where, write_split, write_text)
 
 # %% ../nbs/01c_archives.ipynb #c112508b
+def _map(f: Callable, items: Sequence, title: str, progress: bool) -> list:
+    "`f` of every item, by several threads under a progress bar. The first error, or Ctrl-C, ends the rest."
+    pool = ThreadPoolExecutor()
+    try: return list(tqdm(pool.map(f, items), total=len(items), desc=title, disable=not progress))
+    finally: pool.shutdown(cancel_futures=True)
+
 def _thumbnail(item: Item) -> np.ndarray:
     "Both images as 16x16 pixels without mean, of length one together: a vector of 512. Raises `CafError` if one cannot be read."
     halves = []
     for path in (item.vi, item.ir):
-        gray = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        image_size(path)
+        with decoding(path): gray = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
         if gray is None: raise CafError("is not an image that can be read", path, "See what is wrong with: caf-data check")
         small = cv2.resize(gray.astype(np.float32), (16, 16), interpolation=cv2.INTER_AREA).ravel()
         small -= small.mean()
@@ -68,8 +75,7 @@ def find_scenes(items: Sequence[Item],
 ) -> list[list[str]]:                   # the stems of each scene
     "Group near-duplicate neighbours. Raises `CafError` if an image cannot be read."
     items = sorted(items, key=lambda item: natural(item.stem))
-    with ThreadPoolExecutor() as pool:
-        thumbs = np.stack(list(tqdm(pool.map(_thumbnail, items), total=len(items), desc="comparing neighbours", disable=not progress)))
+    thumbs = np.stack(_map(_thumbnail, items, "comparing neighbours", progress))
     scenes = defaultdict(list)
     for item, scene in zip(items, _join(thumbs, threshold, window)): scenes[scene].append(item.stem)
     return list(scenes.values())
@@ -99,7 +105,7 @@ def make_split(published: Published,                                 # all of it
                progress: bool = True,
 ) -> Split:
     """The scene-aware split of a set. A test part that its authors publish stays, and so does a val part; where there is none, the training part
-    is divided into train and val. Raises `CafError` if there are too few scenes."""
+    is divided into train and val, scene by scene. (That the authors' test part shares scenes with their training part is not changed.) Raises `CafError` if there are too few scenes."""
     fixed = {"test"} if "val" not in published.own_parts else set(DISJOINT)
     kept = [Member(part, -1, item.stem) for item in published.items for part in item.parts if part in fixed]
     free = [item for item in published.items if not fixed & set(item.parts)]
@@ -146,9 +152,8 @@ def write_blocks(path: str | Path, blocks: Sequence[Block]) -> None:
 
 def read_blocks(path: str | Path) -> list[Block]:
     "Read a list of blocks. Raises `CafError` if it is none."
-    rows = list(csv.DictReader(label_text(Path(path)).splitlines()))
-    try: return [Block(row["dataset"], row["stem"], int(row["top"]), int(row["left"]), int(row["size"])) for row in rows]
-    except (KeyError, TypeError, ValueError): raise CafError("is no list of blocks", path, "Make one with caf-data prepare") from None
+    try: return [Block(row["dataset"], row["stem"], int(row["top"]), int(row["left"]), int(row["size"])) for row in csv.DictReader(label_text(Path(path), 2 ** 26).splitlines())]
+    except (KeyError, TypeError, ValueError, csv.Error): raise CafError("is no list of blocks", path, "Make one with caf-data prepare") from None
 
 class Blocks(Sequence):
     "Blocks as scenes of one size, without boxes; cut when they are asked for. Raises `CafError` if an image is not in `sets`."
@@ -199,8 +204,8 @@ def _same(ir: np.ndarray, vi: np.ndarray) -> bool:
 
 def _black_side(pixels: np.ndarray) -> bool:
     "Whether a whole row or column at the rim is black."
-    gray = pixels if pixels.ndim == 2 else pixels[..., :3].max(2)
-    return any(not side.any() for side in (gray[0], gray[-1], gray[:, 0], gray[:, -1]))
+    rim = pixels[..., None] if pixels.ndim == 2 else pixels[..., :3]
+    return any(not side.any() for side in (rim[0], rim[-1], rim[:, 0], rim[:, -1]))
 
 # %% ../nbs/01c_archives.ipynb #06f049c2
 def _pair_findings(item: Item, pictures: dict[Path, np.ndarray]) -> tuple[tuple[int, int] | None, list[Finding], bool]:
@@ -319,9 +324,9 @@ def check(dataset: str,                          # a key of `READERS`
     "Open every file of an archive once. Raises `CafError` if it is no such archive at all; anything less is a finding."
     where(dataset)
     published = READERS[dataset](root, "all", split_file, names)
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore") # of Pillow, about sizes
-        seen = list(tqdm(pool.map(lambda item: _inspect(published, item), published.listed), total=len(published.listed), desc=f"checking {dataset}", disable=not progress))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # of Pillow, about odd files; they become findings
+        seen = _map(lambda item: _inspect(published, item), published.listed, f"checking {dataset}", progress)
     found = published.findings + [f for s in seen for f in s.findings]
     notes = {"no boxes": sum(s.empty for s in seen), "unnamed classes": sum(s.unnamed for s in seen), "black border": sum(s.border for s in seen) * (dataset == "multispectral")}
     found += [Finding(kind, published.root, f"{n} of {len(seen)} pairs") for kind, n in notes.items() if n]
@@ -372,8 +377,7 @@ def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, 
         source, part = getattr(item, camera), part_of[item.stem]
         _copy(source, folder/"images"/part/f"{item.stem}{source.suffix.lower()}")
         write_text(folder/"labels"/part/f"{item.stem}.txt", "".join(f"{int(k)} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for k, cx, cy, w, h in rows))
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(write, published.items), total=len(published), desc=f"copying {camera}", disable=not progress): pass
+    _map(write, published.items, f"copying {camera}", progress)
     text = "".join(f"{part}: images/{part}\n" for part in DISJOINT if part in part_of.values()) + f"names: {json.dumps(published.classes)}\n"
     write_text(folder/"data.yaml", text)
     return folder/"data.yaml"

@@ -65,19 +65,19 @@ def where(dataset: str, # "m3fd", "mfnet", "multispectral", "tno", "roadscene" o
     return SOURCES[dataset]
 
 # %% ../nbs/01b_datasets.ipynb #0dc9f25e
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path,
+             folders: bool = False, # leave out everything else
+) -> list[Path]:
     "What lies in a folder, sorted, without hidden files. Raises `CafError` if it cannot be listed."
-    try: return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    try: return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and (p.is_dir() or not folders))
     except OSError as error: raise CafError(f"cannot be listed ({error.strerror})", folder, "Check the path") from None
-
-def _subfolders(root: Path) -> list[Path]: return [p for p in _entries(root) if p.is_dir()]
 
 def _folder(root: Path,
             *names: str,  # lower case, the preferred one first
 ) -> Path | None:
     "The subfolder with one of these names in any case. Raises `CafError` if two differ only in case."
     found = defaultdict(list)
-    for path in _subfolders(root): found[path.name.lower()].append(path)
+    for path in _entries(root, folders=True): found[path.name.lower()].append(path)
     paths = next((found[name] for name in names if name in found), [])
     if len(paths) > 1: raise CafError(f"holds both {paths[0].name} and {paths[1].name}", root, "Keep one of them")
     return paths[0] if paths else None
@@ -91,7 +91,7 @@ def _find(root: Path,
         hits = [found for place in level if None not in (found := tuple(_folder(place, *names) for names in needed))]
         if len(hits) > 1: raise CafError(f"holds two data sets: {hits[0][0].parent} and {hits[1][0].parent}", root, "Name one of them")
         if hits: return hits[0]
-        level = [sub for place in level for sub in _subfolders(place) if os.access(sub, os.R_OK | os.X_OK)] # lost+found and the like
+        level = [sub for place in level for sub in _entries(place, folders=True) if os.access(sub, os.R_OK | os.X_OK)] # lost+found and the like
     return None
 
 # %% ../nbs/01b_datasets.ipynb #7ca9df8e
@@ -166,14 +166,14 @@ class Box(NamedTuple):
     x1: float
     y1: float
 
-_LARGEST_LABEL = 2 ** 21 # bytes; a box takes about 300 of them
-
-def label_text(path: Path) -> str:
-    "A label file as text. Raises `CafError` if it cannot be read, is too large, or is not text."
+def label_text(path: Path,
+               largest: int = 2 ** 21, # bytes; a box in XML takes about 300 of them
+) -> str:
+    "A small text file. Raises `CafError` if it cannot be read, is larger, or is not text."
     try:
-        with open(path, "rb") as file: raw = file.read(_LARGEST_LABEL + 1)
+        with open(path, "rb") as file: raw = file.read(largest + 1)
     except OSError as error: raise CafError(f"cannot be read ({error.strerror})", path, "Check the file") from None
-    if len(raw) > _LARGEST_LABEL: raise CafError("is too large for a label", path, "Check the file")
+    if len(raw) > largest: raise CafError(f"is larger than {largest:,} bytes", path, "Check the file")
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError: raise CafError("is not text", path, "Check the file") from None
 
@@ -252,7 +252,7 @@ def decoding(path: Path) -> Iterator[None]:
 def image_size(path: Path) -> tuple[int, int]: # (width, height) in pixels
     "What the header of an image says. Raises `CafError` if there is none, or if it claims more pixels than any camera has."
     with decoding(path), Image.open(path) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS: raise CafError(f"claims to be {image.width}x{image.height} pixels", path, "Check where it comes from")
+        if image.width * image.height > 10 ** 8: raise CafError(f"claims to be {image.width}x{image.height} pixels", path, "Check where it comes from")
         return image.size
 
 def _decoded(path: Path) -> tuple[str, np.ndarray]:
@@ -274,7 +274,7 @@ DISJOINT = ("train", "val", "test")
 def _read_list(path: Path) -> list[str]:
     "The stems that a list names, one a line. Raises `CafError` if it is not text."
     return [Path(line.strip()).stem if Path(line.strip()).suffix.lower() in EXTENSIONS else line.strip()
-            for line in label_text(path).splitlines() if line.strip() and not line.startswith("#")]
+            for line in label_text(path, 2 ** 26).splitlines() if line.strip() and not line.startswith("#")]
 
 def _with_lists(items: list[Item],
                 lists: dict[str, tuple[Path, list[str]]], # part -> the file and the stems it names
@@ -338,15 +338,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_split(path: str | Path, split: Split) -> None:
     "Write a split file in one step. Raises `CafError` if the folder cannot be written."
-    scenes = len({m.scene for m in split.members})
+    scenes, kept = len({m.scene for m in split.members} - {-1}), sum(m.scene < 0 for m in split.members)
     lines = [_HEADER.format(split.dataset, SPLIT_VERSION, split.seed, *split.ratio),
-             f"# {len(split.members)} images in {scenes} scenes. Near-duplicate neighbours are one scene, and no scene is in two parts.",
+             f"# {kept} images in the part that their authors gave them (scene -1), {len(split.members) - kept} in {scenes} scenes.",
+             "# Near-duplicate neighbours are one scene, and none of these scenes is in two parts.",
              "# part scene stem", *(f"{m.part} {m.scene} {m.stem}" for m in split.members)]
     write_text(Path(path), "\n".join(lines) + "\n")
 
 def read_split(path: str | Path) -> Split:
     "Read a split file back. Raises `CafError` if it is none, or of another version."
-    lines = label_text(path := Path(path)).splitlines()
+    lines = label_text(path := Path(path), 2 ** 26).splitlines()
     head = re.fullmatch(r"# caf_nb split of (\w+), version (\d+): seed (\d+), ratio (\S+) (\S+) (\S+) \(train val test\)", lines[0] if lines else "")
     if head is None: raise CafError("is no split file: its first line is another one", path, "Make one with caf-data prepare")
     if int(head[2]) != SPLIT_VERSION: raise CafError(f"is of version {head[2]}, and this program reads {SPLIT_VERSION}", path, "Make it again with caf-data prepare")

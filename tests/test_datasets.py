@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -67,6 +68,7 @@ def test_every_reader_gives_every_pair(trees, name):
     for scene in scenes:
         assert scene.ir.shape == (1, *SIZE) and scene.vi.shape == (3, *SIZE) and scene.mask.shape == SIZE and scene.boxes.shape[1:] == (5,)
         assert min((scene.ir - d.ir)[..., 6:].abs().mean() for d in drawn) < lossy / 255  # a black border of six was planted
+    assert torch.equal(pickle.loads(pickle.dumps(scenes))[0].ir, scenes[0].ir)  # workers of a DataLoader get copies
     assert collate(scenes[:2]).vi.shape == (2, 3, *SIZE)
     assert scenes[-1].stem == scenes.items[-1].stem
     with pytest.raises(IndexError): scenes[len(scenes)]
@@ -420,6 +422,12 @@ def test_blocks_are_drawn_from_training_images_only(trees, tmp_path):
     cut_out = Blocks(drawn, sets)
     assert len(cut_out) == 100 and {b.ir.shape for b in cut_out[::10]} == {(1, 32, 32)}
     with pytest.raises(CafError, match="there is no image"): Blocks(drawn, sets[:1])
+
+
+def test_a_list_of_blocks_and_nothing_else(tmp_path):
+    for content in ("a,b\n1,2\n", "dataset,stem,top,left,size\nm3fd,1,x,2,3\n", "dataset,stem,top,left,size\nm3fd,1\n"):
+        write(tmp_path / "b.csv", content)
+        with pytest.raises(CafError, match="is no list of blocks"): read_blocks(tmp_path / "b.csv")
 
 
 # ---------------------------------------------------------------- the command line
