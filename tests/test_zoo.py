@@ -37,12 +37,14 @@ GOLDEN = (
     Golden("didfuse", "didfuse", out="out_l1norm", options={"rule": "l1norm"}),
     Golden("sdnet", "sdnet", ("sdnet/IRVIS.model-10.index",)),
     Golden("umfusion", "umfusion"),
-    Golden("defusion", "defusion", tolerance=2e-5, relative=True),
+    Golden("defusion", "defusion", to_unit=luma, tolerance=2e-5, relative=True),
     Golden("reconet", "reconet", ("reconet/params.pth",)),
     Golden("reconet", "reconet_plus", options={"variant": "plus"}),
     Golden("reconet", "reconet_plus", out="out_init_mean", options={"variant": "plus", "start": "mean"}),
     Golden("u2fusion", "u2fusion", ("u2fusion/model.ckpt.index",)),
+    Golden("u2fusion", "u2fusion", out="out_irfirst", options={"ir_first": True}),
     Golden("tardal", "tardal", ("tardal/tardal.pt",)),
+    Golden("tardal", "tardal", ("tardal/tardal.pt",), out="out_trainbn", options={"statistics": "image"}),
 )
 FILES = [(row, file) for row in GOLDEN for file in (f"golden/{row.folder}/state.safetensors", *(f"weights/{w}" for w in row.weights))]
 TRAINED = [name for name in METHODS if name not in ("ir", "vi")]
@@ -187,7 +189,7 @@ def test_reconet_in_every_round(shared, variant, folder):
 
 
 @pytest.mark.parametrize("method, options", [("didfuse", {"rule": rule}) for rule in ("sum", "average", "l1norm")] + [
-    ("umfusion", {}), ("reconet", {}), ("reconet", {"variant": "plus"})])
+    ("sdnet", {}), ("umfusion", {}), ("u2fusion", {}), ("reconet", {}), ("reconet", {"variant": "plus"})])
 def test_strips_fit_together(method, options):
     "A network that states its reach gives in strips what it gives in one piece."
     torch.manual_seed(0)
