@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints: what TensorFlow writes is read, damage and malice end in a CafError.
+"""TensorFlow checkpoints: what TensorFlow writes is read, damage and malice end in a CafError; the published images of its two methods are met.
 
 `bundles/` was written by TensorFlow 2.21 (tf.compat.v1.train.Saver, and tf.train.Checkpoint for `objects`). The writer below makes
 files that no TensorFlow would write, with checksums that fit, so that the checks behind the checksums are reached.
@@ -8,13 +8,17 @@ import math
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from skimage.metrics import peak_signal_noise_ratio
 
 from caf_nb.core import CafError
+from caf_nb.data import luma, read_image, read_pair, to_uint8
+from caf_nb.fusion import fuse, load_fusion
 from caf_nb.zoo.tensorflow import crc32c, read_tensorflow
 
 BUNDLES = Path(__file__).parent / "bundles"
@@ -219,3 +223,49 @@ def test_files_of_another_kind(tmp_path):
     (tmp_path / "y.index").mkdir()
     with pytest.raises(CafError, match="there is no such file"):
         read_tensorflow(tmp_path / "y")
+
+
+# --- the two methods whose weights these are ------------------------------------------------------
+
+OFFICIAL = {"sdnet": "IRVIS.model-10.index", "u2fusion": "model.ckpt.index"}
+PUBLISHED = {"sdnet": {"stretch": True}, "u2fusion": {"stretch": True, "ir_first": True}}  # how the published images were made
+LARGE = ("01", "09", "13", "17", "21", "25", "29", "33")
+IMAGES = [("sdnet", name) for name in (*LARGE, "05", "37")] + [("u2fusion", "05"), ("u2fusion", "37")] + [
+    pytest.param("u2fusion", name, marks=pytest.mark.slow) for name in LARGE]
+
+
+def agreement(shared, method, name, **options) -> float:
+    "PSNR in dB between what we fuse of a full-size TNO pair, in eight bits, and the published image."
+    pair = read_pair(shared / f"data/tno/ir/{name}.png", shared / f"data/tno/vi/{name}.png")
+    net = load_fusion(method, shared / "weights" / method / OFFICIAL[method], **options)
+    fused = to_uint8(fuse(net, *(luma(image) for image in pair)))
+    published = to_uint8(read_image(shared / f"golden/{method}/fused_tno/{name}.png"))[:1]
+    return peak_signal_noise_ratio(published.numpy(), fused.numpy(), data_range=255)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("method, name", IMAGES)
+def test_published_images(shared, method, name):
+    assert agreement(shared, method, name, **PUBLISHED[method]) >= 45
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("method, options", [("sdnet", {}), ("u2fusion", {"stretch": True}), ("u2fusion", {"ir_first": True})])
+def test_published_images_need_their_convention(shared, method, options):
+    assert agreement(shared, method, "37", **options) < 40
+
+
+@pytest.mark.shared
+def test_sdnet_takes_apart_what_it_fused(shared):
+    "The official decomposition, in which the visible branch is dead: one gray for every picture."
+    net = load_fusion("sdnet", shared / "weights/sdnet/IRVIS.model-10")
+    golden = np.load(shared / "golden/sdnet/io.npz")
+    answers = []
+    for i in range(3):
+        with torch.no_grad():
+            parts = net.decompose((torch.from_numpy(golden[f"out_raw{i}"]) + 1) / 2)
+        for part, name in zip(parts, ("sept_ir", "sept_vi"), strict=True):
+            torch.testing.assert_close(2 * part - 1, torch.from_numpy(golden[f"{name}{i}"]), rtol=0, atol=1e-5)
+        assert parts[0].std() > 0.05 > 0.001 > parts[1].std()
+        answers.append(parts[1].mean())
+    assert max(answers) - min(answers) < 0.003
