@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'Picture', 'Data', 'Searched', 'Search', 'Weighted', 'Published', 'Trained', 'TrainFusion', 'Method',
            'Results', 'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'table1', 'scores', 'provenance',
-           'configurations']
+           'configurations', 'Sample', 'sample_pairs', 'Gallery', 'gallery']
 
 # %% ../nbs/09_stages.ipynb #9edd455a
 import hashlib
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .core import CafError, DataSettings, DetectorSettings, FusionSettings, Profile, SearchSettings, SegmenterSettings, seeded
-from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, luma, read_image, recolor_uint8, to_uint8
+from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, PairFolder, Scene, luma, read_image, read_pair, recolor_uint8, to_uint8
 from .fusion import find_weights, fuse, load_fusion
 from .losses import TERMS, LossSpace, load_vgg
 from .search import search
@@ -174,14 +174,15 @@ class TrainFusion(BaseModel):
         net.load_state_dict(self.run().state)
         return net.eval()
 
-    def pictures(self, data: Data) -> "Picture":
+    def pictures(self) -> "Picture":
         "How a scene is fused."
         net = self.fusion()
-        return lambda split, scene: recolor_uint8(fuse(net, scene.ir, luma(scene.vi)), scene.vi)
+        return lambda dataset, split, scene: recolor_uint8(fuse(net, scene.ir, luma(scene.vi)), scene.vi)
 
     def provenance(self) -> dict[str, str]: return self.run().provenance
+    def label(self) -> str: return f"trained here for {len(self.run().losses)} steps"
 
-Picture = Callable[[str, Scene], Tensor]  # (split, scene) -> the fused scene in 8 bits: RGB (3,H,W), or gray (1,H,W)
+Picture = Callable[[str, str, Scene], Tensor]  # (data set, split or "", scene) -> the fused scene in 8 bits: RGB (3,H,W), or gray (1,H,W)
 
 # %% ../nbs/09_stages.ipynb #3579a9cf
 class Method(BaseModel):
@@ -191,16 +192,18 @@ class Method(BaseModel):
     method: str
     weights: str = ""           # a file; "" for those that come with the package
 
-    def pictures(self, data: Data) -> Picture:
+    def pictures(self) -> Picture:
         "How a scene is fused. The infrared source stays gray: it must not borrow the colours of the visible one."
         net = load_fusion(self.method, self.weights or None)
-        def gray(split, scene): return to_uint8(fuse(net, scene.ir, luma(scene.vi)))
-        def coloured(split, scene): return recolor_uint8(fuse(net, scene.ir, luma(scene.vi)), scene.vi)
+        def gray(dataset, split, scene): return to_uint8(fuse(net, scene.ir, luma(scene.vi)))
+        def coloured(dataset, split, scene): return recolor_uint8(fuse(net, scene.ir, luma(scene.vi)), scene.vi)
         return gray if self.method == "ir" else coloured
 
     def provenance(self) -> dict[str, str]:
         if self.method in ("ir", "vi"): return {"fusion network": f"none, {self.method} itself"}
         return {"fusion network": f"{self.method} with {self.weights or 'the weights of the package'}"}
+
+    def label(self) -> str: return "" if self.method in ("ir", "vi") else Path(self.weights).name or "weights of the package"
 
 # %% ../nbs/09_stages.ipynb #361fae52
 def _fingerprint(folder: Path) -> str:
@@ -241,8 +244,12 @@ class Results(BaseModel):
             raise CafError(f"is {sizes[0]} pixels and its pair {sizes[1]}", file, "Fuse the pair at its full size")
         return to_uint8(image) if len(image) == 3 else recolor_uint8(image, vi)
 
-    def pictures(self, data: Data) -> Picture:
-        "How a scene's picture is found. Raises `CafError` if pictures are missing, or serve two scenes."
+    def pictures(self) -> Picture:
+        "How a scene's picture is found."
+        return lambda dataset, split, scene: self.picture(self.file(dataset, scene.stem, split), scene.vi)
+
+    def check(self, data: Data) -> None:
+        "Raises `CafError` if pictures are missing, or serve two scenes."
         wanted = [self.file(data.name, scene.stem, split) for split in _SPLITS for scene in data.split(split)]
         missing, twice = [f for f in wanted if not f.is_file()], [f.name for f, n in Counter(wanted).items() if n > 1]
         folder = Path(self.root)/self.method/data.name
@@ -250,9 +257,9 @@ class Results(BaseModel):
             raise CafError(f"{len(missing)} of {len(wanted)} pictures are missing: {_few([f.relative_to(folder).as_posix() for f in missing])}", folder,
                            "Fuse every pair of the data set, and name the picture after the pair")
         if twice: raise CafError(f"train, val and test share file names: {_few(twice)}", folder, "Give each split a folder of its own")
-        return lambda split, scene: self.picture(self.file(data.name, scene.stem, split), scene.vi)
 
     def provenance(self) -> dict[str, str]: return {"fusion network": f"unknown: pictures in {Path(self.root)/self.method} (fingerprint {self.files})"}
+    def label(self) -> str: return "pictures given"
 
 # %% ../nbs/09_stages.ipynb #ff773c96
 class FuseDataset(BaseModel):
@@ -265,13 +272,14 @@ class FuseDataset(BaseModel):
     @infra.apply
     def run(self) -> Path:
         "The folder of pictures and labels."
-        folder, picture = _folder(self.infra, "fused"), self.model.pictures(self.data)
+        if isinstance(self.model, Results): self.model.check(self.data)
+        folder, picture = _folder(self.infra, "fused"), self.model.pictures()
         for split in _SPLITS: self._write(folder, split, list(self.data.split(split)), picture)
         return folder
 
     def _write(self, folder: Path, split: str, scenes: list[Scene], picture: Picture) -> None:
         "One split as pictures and labels."
-        images, stems = [picture(split, s) for s in scenes], [s.stem for s in scenes]
+        images, stems = [picture(self.data.name, split, s) for s in scenes], [s.stem for s in scenes]
         if self.data.name == "mfnet": write_mask_folder(folder, split, images, [s.mask for s in scenes], stems)
         else: write_yolo_folder(folder, split, images, [s.boxes for s in scenes], stems, self.data.classes)
 
@@ -394,3 +402,62 @@ def configurations(stages: dict[tuple[str, str], FinetuneDetector], # of `table1
 ) -> dict[str, dict]:                                                # "data set, method" -> every setting of its stages
     "The complete configuration behind each number, defaults included."
     return {", ".join(key): stage.infra.config(uid=True, exclude_defaults=False) for key, stage in stages.items()}
+
+# %% ../nbs/09_stages.ipynb #7dfbfc0f
+class Sample(NamedTuple):
+    "A pair for a figure."
+    dataset: str
+    scene: Scene # without labels where there are none
+
+    @property
+    def name(self) -> str: return f"{self.dataset}/{self.scene.stem}"
+
+def sample_pairs(data_root: str | Path = "",  # folder of folders with ir/ and vi/; "" for two embedded scenes
+                 names: Sequence[str] = (),   # such as "tno/01"; empty: the first pair of each
+                 seed: int = 0,               # of the embedded scenes
+) -> list[Sample]:
+    "Pairs to look at. Raises `CafError` on a folder without pairs and a name that is not there."
+    if not str(data_root): return [Sample("embedded", scene) for scene in SynthScenes(4, 192, seed=seed)[1:3]]
+    root = Path(data_root)
+    datasets = list(dict.fromkeys(n.partition("/")[0] for n in names)) or sorted(p.parent.name for p in root.glob("*/vi") if (p.parent/"ir").is_dir())
+    if not datasets: raise CafError("holds no folder with ir/ and vi/ in it", root, "Name a folder of data sets")
+    pairs = {d: {pair.stem: pair for pair in PairFolder(root/d/"ir", root/d/"vi")} for d in datasets}
+    wanted = [tuple(n.partition("/")[::2]) for n in names] or [(d, next(iter(stems))) for d, stems in pairs.items()]
+    for dataset, stem in wanted:
+        if stem not in pairs[dataset]: raise CafError(f"there is no pair {stem!r}", root/dataset, f"Choose from {_few(list(pairs[dataset]))}")
+    return [Sample(d, Scene(stem, *read_pair(pairs[d][stem].ir, pairs[d][stem].vi), torch.zeros(0, 5), torch.zeros(0, 0))) for d, stem in wanted]
+
+# %% ../nbs/09_stages.ipynb #94e893aa
+class Gallery(NamedTuple):
+    "Who is in a figure and who is not."
+    models: dict[str, TrainFusion | Method | Results]
+    left_out: dict[str, str] # method -> a sentence
+
+    def pictures(self, samples: Sequence[Sample]) -> dict[str, dict[str, Tensor]]: # pair -> method -> picture in 8 bits
+        "Fuse every pair with every method."
+        painters = {method: model.pictures() for method, model in self.models.items()}
+        return {s.name: {method: paint(s.dataset, "", s.scene) for method, paint in tqdm(painters.items(), desc=s.name)} for s in samples}
+
+def gallery(methods: Sequence[str],          # names in `caf_nb.zoo.METHODS`, or folders in `fused_root`
+            weights_root: str | Path = "",   # as `find_weights` looks for them
+            fused_root: str | Path = "",     # as `Results` reads them; they come first
+            trained: Sequence[str] = (),     # methods without weights that are trained here on embedded scenes with their own loss
+            profile: Profile | None = None,  # scenes, epochs and batch size of that training; default smoke
+            cache: str | Path = "out/cache",
+            seed: int = 0,
+) -> Gallery:
+    "Choose how each method comes into a figure. Raises `CafError` on an unknown name."
+    profile = profile or Profile.named("smoke")
+    models: dict[str, TrainFusion | Method | Results] = {}
+    left_out = {}
+    for method in methods:
+        if _brought(fused_root, method): models[method] = Results(root=str(Path(fused_root).resolve()), method=method)
+        elif (entry := find_method(method)).read is None or find_weights(weights_root, method):
+            models[method] = Method(method=method, weights=_weights_file(weights_root, method))
+        elif method in trained:
+            short = Published(epochs=profile.fusion.epochs, batch_size=profile.fusion.batch_size)
+            models[method] = TrainFusion(data=Data(name="m3fd", settings=profile.data, seed=seed), network=method, loss=short, seed=seed,
+                                         infra={"folder": str(Path(cache).resolve())})
+        else:
+            left_out[method] = f"{entry.title} is left out: there are no weights of it (weights_root/{method}/{entry.weights}, published at {entry.page})."
+    return Gallery(models, left_out)
