@@ -274,10 +274,10 @@ def show_forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor, # as fo
                 axes: list[Axes] | None = None, # fifteen; made if absent
 ) -> list[Axes]:
     "The search space as a picture: weight, formula and force of every term, each scaled to its own 99th percentile."
-    if axes is None: axes = plt.subplots(3, 5, figsize=(7.2, 5.2), layout="constrained")[1].flat
+    axes = list(plt.subplots(3, 5, figsize=(7.2, 5.2), layout="constrained")[1].flat) if axes is None else axes
     for ax, (letter, name), force in zip(axes, LETTERS.items(), forces(space, fused, ir, vi), strict=True):
         limit = max(force.abs().quantile(0.99).item(), 1e-12)
         ax.imshow(force, cmap="RdBu_r", vmin=-limit, vmax=limit)
         ax.set_title(f"$\\lambda_{letter}$  {name}\n{FORMULAS[name]}", fontsize=7)
         ax.axis("off")
-    return list(axes)
+    return axes

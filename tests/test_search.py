@@ -1,15 +1,25 @@
-"""The search through the real task networks."""
+"""The search through the real task networks, killed and resumed, and against an independent computation."""
 
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from copy import deepcopy
+
+import pandas as pd
 import pytest
 import torch
 
-from caf_nb.core import SearchSettings
+from caf_nb.core import CafError, SearchSettings
 from caf_nb.data import MFNET_CLASSES, collate, luma, recolor
 from caf_nb.fusion import FusionNet
 from caf_nb.losses import TERMS, LossSpace
-from caf_nb.search import hypergradient, search
+from caf_nb.search import NotFinite, hypergradient, search
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter
+from caf_nb.textbook import peak_memory, textbook_hypergradient
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +31,11 @@ def judges():
     return {"detection": Detector(SynthScenes(1, 32).classes), "segmentation": Segmenter(MFNET_CLASSES)}
 
 
+def through(judge, batch):
+    "The loss of a real task network as a function of the fusion."
+    return lambda fuse: judge.loss(recolor(fuse(batch.ir, luma(batch.vi)), batch.vi), judge.targets(batch))
+
+
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_search_moves_every_weight_from_the_uniform_start(task, space):
     scenes = SynthScenes(6, 64, seed=3, task=task)
@@ -29,20 +44,46 @@ def test_search_moves_every_weight_from_the_uniform_start(task, space):
     assert len(found.history) == 2 and found.history.norm.gt(0).all()
     assert found.beta.sum().item() == pytest.approx(1, abs=1e-6)
     assert (found.beta - 1 / len(TERMS)).abs().min() > 1e-5
+    losses = [f"value_{name}" for name in TERMS] + ["task_loss", "val_loss", "fusion_loss"]
+    assert found.history[losses].notna().all(axis=None) and found.history[losses].ge(0).all(axis=None)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_finite_difference_agrees_with_autograd_through_the_task_network(task, space):
+def test_three_ways_agree_through_the_task_network(task, space):
     batch = collate(SynthScenes(2, 64, seed=3, task=task)[:2])
-    judge, vi = judges()[task], luma(batch.vi)
     torch.manual_seed(0)
-    net = FusionNet().train()
+    net, train = FusionNet().train(), (batch.ir, luma(batch.vi))
+    call = net, space, torch.zeros(15), train, through(judges()[task], batch), 1e-3
+    exact, finite = hypergradient(*call, "exact"), hypergradient(*call)
+    assert torch.cosine_similarity(exact, finite, dim=0) > 0.999
+    torch.testing.assert_close(hypergradient(*call, "neumann", neumann_terms=1), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_textbook_gives_the_same_number(variant):
+    "In double precision, so that what is compared is the mathematics and not the rounding of small differences."
+    batch = collate(SynthScenes(2, 64, seed=3)[:2])
+    torch.manual_seed(0)
+    net, space, train, judge = FusionNet().double().train(), LossSpace(variant).double(), (batch.ir.double(), luma(batch.vi).double()), judges()["detection"]
 
     def val_loss(fuse):
-        return judge.loss(recolor(fuse(batch.ir, vi), batch.vi), judge.targets(batch))
+        return judge.loss(recolor(fuse(*train).float(), batch.vi), judge.targets(batch))
 
-    both = [hypergradient(net, space, torch.zeros(15), (batch.ir, vi), val_loss, 1e-3, kind) for kind in ("finite_difference", "exact")]
-    assert torch.cosine_similarity(*both, dim=0) > 0.99
+    start = torch.zeros(15).double()
+    ours = hypergradient(net, space, start, train, val_loss, 1e-4, r=1e-2)
+    theirs = textbook_hypergradient(deepcopy(net), lambda: space, start, train, val_loss, 1e-4)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_memory_of_a_beta_step(space):
+    "At most 1.3 times that of a training step of the fusion network."
+    batch = collate(SynthScenes(2, 96, seed=4)[:2])
+    torch.manual_seed(0)
+    net, train = FusionNet().train(), (batch.ir, luma(batch.vi))
+    targets = space.targets(*train)
+    training = peak_memory(lambda: space(net(*train), *train, torch.full((15,), 1 / 15), targets).backward())
+    ours = peak_memory(lambda: hypergradient(net, space, torch.zeros(15), train, lambda fuse: fuse(*train).square().mean(), 1e-4, targets=targets))
+    assert ours < 1.3 * training
 
 
 def test_batch_order_does_not_matter(space):
@@ -52,3 +93,67 @@ def test_batch_order_does_not_matter(space):
     found = [hypergradient(net, space, torch.zeros(15), (b.ir, luma(b.vi)), lambda fuse, b=b: fuse(b.ir, luma(b.vi)).square().mean(), 1e-3, r=1e-3)
              for b in (batch, flipped)]
     torch.testing.assert_close(*found, rtol=2e-2, atol=0)
+
+
+def test_what_breaks_is_named_and_the_last_good_state_is_kept(space, tmp_path):
+    scenes = list(SynthScenes(6, 64, seed=3))
+    broken = [*scenes[:3], scenes[3]._replace(ir=scenes[3].ir * float("nan"))]
+    torch.manual_seed(0)
+    with pytest.raises(NotFinite, match=rf"at step \d.*training batch .*{scenes[3].stem}"):
+        search(FusionNet(), Detector(SynthScenes(1, 32).classes), space, broken, scenes[4:], SearchSettings(epochs=4, batch_size=1), seed=1, progress=False, folder=tmp_path)
+    state = torch.load(tmp_path / "search.pt", weights_only=True)
+    assert state["rows"] and all(tensor.isfinite().all() for tensor in state["net"].values())
+
+
+def test_a_state_of_something_else_is_refused(space, tmp_path):
+    (tmp_path / "search.pt").write_bytes(b"not a state")
+    scenes = SynthScenes(4, 32)
+    with pytest.raises(CafError, match="is no state of a search"):
+        search(FusionNet(), Detector(scenes.classes), space, scenes[:2], scenes[2:], SearchSettings(epochs=1, batch_size=2), progress=False, folder=tmp_path)
+
+
+PROGRAM = textwrap.dedent("""
+    import sys, torch
+    torch.set_num_threads(1)
+    from caf_nb.core import SearchSettings
+    from caf_nb.data import MFNET_CLASSES
+    from caf_nb.fusion import FusionNet
+    from caf_nb.losses import RELEASED, LossSpace
+    from caf_nb.search import search
+    from caf_nb.synth import SynthScenes
+    from caf_nb.tasks import Segmenter
+    scenes = SynthScenes(10, 32, seed=5, task="segmentation")[:]
+    torch.manual_seed(0)
+    settings = SearchSettings(epochs=4, batch_size=2, lr_fusion=1e-3, warmup_task=3)
+    print("ready", flush=True)
+    found = search(FusionNet(), Segmenter(MFNET_CLASSES), LossSpace(RELEASED), scenes[:6], scenes[6:], settings, progress=False, folder=sys.argv[1])
+    torch.save({"alpha": found.alpha}, sys.argv[1] + "/result.pt")
+    found.history.to_pickle(sys.argv[1] + "/history.pkl")
+""")
+
+
+def start(folder):
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
+    "SIGKILL at random moments, again and again, until the search has come to its end."
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    begun = time.monotonic()
+    assert start(whole).wait() == 0
+    seconds, draw, kills = time.monotonic() - begun, random.Random(0), 0
+    while not (killed / "result.pt").exists():
+        process = start(killed)
+        try:
+            process.wait(timeout=draw.uniform(0.1, 0.5) * seconds if kills < 2 else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 1
+    assert torch.equal(torch.load(whole / "result.pt")["alpha"], torch.load(killed / "result.pt")["alpha"])
+    pd.testing.assert_frame_equal(pd.read_pickle(whole / "history.pkl"), pd.read_pickle(killed / "history.pkl"), check_exact=True)
