@@ -213,12 +213,13 @@ def _panel(ax: Axes, image: Tensor, windows: Sequence[Window]) -> None:
 def show_insets(pictures: Mapping[str, Tensor],    # method -> picture of one pair, (1,H,W) or (3,H,W), uint8 or float in [0,1]
                 windows: Sequence[Window] = (),    # at most two, the same for all
                 notes: Mapping[str, str] | None = None, # method -> a line below its name, such as where its weights come from
-                columns: int = 4,
+                columns: int | None = None,        # panels a row; None: 4 or 5, whichever leaves fewer gaps
 ) -> list[Axes]:                                   # one a method
     "One pair as each method fuses it, with magnified details. Raises `CafError` if a picture has another size."
     sizes = {method: tuple(image.shape[1:]) for method, image in pictures.items()}
     if odd := [m for m, size in sizes.items() if size != next(iter(sizes.values()))]:
         raise CafError(f"the picture of {odd[0]} has another size than that of {next(iter(sizes))}", remedy="Show one pair at a time, at its full size")
+    columns = min(columns or min((4, 5), key=lambda c: -len(pictures) % c), len(pictures))
     (h, w), rows = next(iter(sizes.values())), -(-len(pictures) // columns)
     tall = 1.8 * (h / w + (1 / len(windows) if windows else 0)) + 0.35
     axes = plt.subplots(rows, columns, figsize=(1.8 * columns, rows * tall), layout="constrained", squeeze=False)[1].ravel().tolist()

@@ -1,0 +1,80 @@
+"""Pictures made elsewhere in a table, and Figure 6 as its users run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from caf_nb.core import DataSettings, Profile
+from caf_nb.data import read_image, write_png
+from caf_nb.report import compare, show_table
+from caf_nb.stages import Data, scores, table1
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_pictures_stand_in_for_a_row_of_a_table(tmp_path):
+    "Infrared images under another name: the row has the scores that the infrared row has, since a detector sees no difference."
+    smoke = Profile.named("smoke")
+    short = smoke.model_copy(update={"data": DataSettings(source="embedded", size=64, train=4, val=4, test=4),
+                                     "detector": smoke.detector.model_copy(update={"epochs": 1})})
+    for dataset in ("m3fd", "multispectral"):
+        data = Data(name=dataset, settings=short.data)
+        for split in ("train", "val", "test"):
+            (tmp_path / "mymethod" / dataset / split).mkdir(parents=True)
+            for scene in data.split(split):
+                write_png(tmp_path / "mymethod" / dataset / split / f"{scene.stem}.png", scene.ir.expand(3, -1, -1))
+    stages = table1(short, ["ir", "mymethod"], fused_root=tmp_path, cache=tmp_path / "cache")
+    found = scores(stages, progress=False)
+    for dataset in ("m3fd", "multispectral"):
+        assert str(found[dataset, "mymethod"]) == str(found[dataset, "ir"])  # as text: nan is not equal to itself
+    assert "pictures in" in stages["m3fd", "mymethod"].provenance()["fusion network"]
+    assert "mymethod" in show_table(compare(1, found, short), "m3fd").to_html()
+
+
+def figure6(out: Path, **parameters: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", "nbs/figure6.ipynb", str(out / "figure6.ipynb"), "-k", "python3", "-p", "out", str(out / "results")]
+    return subprocess.run([*command, *(word for item in parameters.items() for word in ("-p", *item))], cwd=ROOT, capture_output=True, text=True)
+
+
+def shown(out: Path) -> str:
+    return json.dumps(json.loads((out / "figure6.ipynb").read_text())["cells"])
+
+
+@pytest.mark.slow
+def test_figure6_smoke(tmp_path):
+    "Without weights only the sources, the network of the package and the method that is trained here are shown; who is not is said."
+    done = figure6(tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
+    assert list(origin.index) == ["ir", "vi", "reconet", "caf"]
+    assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 36 steps on embedded m3fd"
+    for name in ("DIDFuse", "SDNet", "UMFusion", "DeFusion", "U2Fusion", "TarDAL"):
+        assert f"{name} is left out: there are no weights of it" in shown(tmp_path)
+    assert len(list((tmp_path / "results").glob("figure6_embedded_*.png"))) == 2
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_figure6_on_real_pairs(shared, tmp_path):
+    "All methods whose official weights are there, and pictures from elsewhere, on a pair of TNO."
+    (tmp_path / "fused/mine/tno").mkdir(parents=True)
+    write_png(tmp_path / "fused/mine/tno/05.png", read_image(next((shared / "data/tno/ir").glob("05.*"))))
+    done = figure6(tmp_path, data_root=str(shared / "data"), weights_root=str(shared / "weights"), fused_root=str(tmp_path / "fused"),
+                   pairs="tno/05", trained="", methods="ir,vi,didfuse,sdnet,umfusion,defusion,reconet,u2fusion,tardal,mine,caf")
+    assert done.returncode == 0, done.stderr[-2000:]
+    origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
+    assert set(origin.index) == {"ir", "vi", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "mine", "caf"}
+    assert origin["tardal"].endswith("tardal.pt") and origin["caf"].endswith("Det_final.pth")
+    assert read_image(tmp_path / "results/figure6_tno_05.png").shape[0] == 3
+
+
+@pytest.mark.parametrize("parameters, cause", [({"methods": "ir,magic"}, "there is no method 'magic'"),
+                                               ({"data_root": "nbs"}, "holds no folder with ir/ and vi/")])
+def test_figure6_bad_parameters(tmp_path, parameters, cause):
+    done = figure6(tmp_path, **parameters)
+    assert done.returncode == 1 and cause in done.stderr
