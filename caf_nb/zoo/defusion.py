@@ -114,7 +114,7 @@ class Decomposition(NamedTuple):
 class DeFusion(nn.Module):
     "DeFusion with skip connections into the common decoder, 7,874,038 parameters. Source: Liang et al., ECCV 2022; the class that the released test script loads."
 
-    def __init__(self, init: Literal["gray", "released"] = "gray"): # where a training starts: at even gray, or as the released constructor draws the weights
+    def __init__(self, init: Literal["gray", "released"] = "gray"): # where a training starts: at an even gray, or as in the release
         super().__init__()
         if init not in ("gray", "released"): raise CafError(f"there is no initialisation {init!r}", remedy="Choose gray or released")
         self.encoder, self.common_encoder = Encoder(), _stage(512, 256, 4)
@@ -124,8 +124,8 @@ class DeFusion(nn.Module):
         if init == "gray":
             for last in (self.fusion, self.projection): nn.init.constant_(last.bias, 0.5)
         else:
-            for conv in self.modules():
-                if isinstance(conv, nn.Conv2d): nn.init.normal_(conv.weight, 0, math.sqrt(2 / (conv.weight[0, 0].numel() * conv.out_channels)))
+            for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+                nn.init.normal_(conv.weight, 0, math.sqrt(2 / (conv.weight[0, 0].numel() * conv.out_channels)))
 
     def decompose(self, first: Tensor, # (B,3,H,W) in [0,1]
                   second: Tensor,      # like `first`, aligned
@@ -172,7 +172,8 @@ def from_official(state: Mapping[str, Tensor], # official names, perhaps below a
     shared = {name for name in inside if "lower" in name and name.replace("lower", "upper") in inside}
     for name in shared:
         if not inside[name].equal(inside[name.replace("lower", "upper")]):
-            raise CafError(f"{name} is not the same as {name.replace('lower', 'upper')}", remedy="The weights of both sources must be shared; this is a file of another network")
+            raise CafError(f"{name} is not the same as {name.replace('lower', 'upper')}",
+                           remedy="The weights of both sources must be shared; this is a file of another network")
     return {_our_name(name): tensor for name, tensor in inside.items() if name not in shared and not name.startswith(_UNUSED)}
 
 # %% ../../nbs/zoo/defusion.ipynb #e4d2c47f
