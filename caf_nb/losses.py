@@ -153,6 +153,11 @@ class Variant(BaseModel):
     perceptual_scale: float = 1.0     # factor of the perceptual terms beside their weight
     perceptual_gradient: bool = True  # whether they reach the fused image
 
+    def __str__(self) -> str:
+        named = [name for name, variant in VARIANTS.items() if self == variant]
+        changed = {name: value for name, value in self if value != getattr(PAPER, name)}
+        return named[0] if named else "paper with " + ", ".join(f"{name} {value}" for name, value in changed.items())
+
 PAPER = Variant()
 RELEASED = Variant(ssim_window=5, ssim_halved=True, border="constant", first_layer_only=True, perceptual_scale=0.1, perceptual_gradient=False)
 VARIANTS = {"paper": PAPER, "released": RELEASED}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .core import CafError, DataSettings, DetectorSettings, FusionSettings, Profile, SearchSettings, SegmenterSettings, seeded
 from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, PairFolder, Scene, luma, read_image, read_pair, recolor_uint8, to_uint8
 from .fusion import find_weights, fuse, load_fusion
-from .losses import TERMS, LossSpace, load_vgg
+from .losses import TERMS, LossSpace, Variant, load_vgg
 from .search import search
 from .synth import SynthScenes
 from .tasks import Detector, Segmenter
@@ -77,7 +77,7 @@ class Search(BaseModel):
     detector: DetectorSettings | None = None      # one of the two says what the images are for
     segmenter: SegmenterSettings | None = None
     network: str = "caf"                          # a method whose network is trained on the way
-    variant: Literal["paper", "released"] = "paper"
+    variant: Literal["paper", "released"] | Variant = "paper"
     vgg: str = "random"
     seed: int = 0
     infra: TaskInfra = TaskInfra(version="1", mode="retry")
@@ -93,7 +93,7 @@ class Search(BaseModel):
     def run(self) -> Searched:
         start, task, vgg = time.perf_counter(), self.task(), load_vgg(self.vgg)
         found = search(_untrained(self.network, self.seed), task, LossSpace(self.variant, vgg), list(self.data.split("train")), list(self.data.split("val")),
-                       self.settings, self.seed)
+                       self.settings, self.seed, folder=_folder(self.infra, "search") if self.infra.folder else None, save_every=10)
         about = {"loss": f"searched, variant {self.variant}, {len(found.history)} steps of {self.network}", "VGG of terms n, o": vgg.pretrained,
                  "task network of the search": f"{task.model} from {task.provenance}", "search seconds": f"{time.perf_counter() - start:.0f}"}
         return Searched(dict(zip(TERMS, found.beta.tolist())), found.history, about)
@@ -108,7 +108,7 @@ class Weighted(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["weighted"] = "weighted"
     beta: tuple[float, ...] = Field(min_length=len(TERMS), max_length=len(TERMS))  # in the order of TERMS
-    variant: Literal["paper", "released"] = "paper"
+    variant: Literal["paper", "released"] | Variant = "paper"
     vgg: str = "random"
 
     def run(self) -> Searched:
