@@ -7,12 +7,13 @@ __all__ = ['Channels', 'Gray', 'Reduce', 'CONVENTIONS', 'METRICS', 'PAPER_METRIC
            'standard_deviation', 'visual_information_fidelity', 'sum_of_correlations_of_differences', 'entropy',
            'average_gradient', 'spatial_frequency', 'correlation_coefficient', 'peak_signal_to_noise_ratio',
            'structural_similarity', 'multiscale_structural_similarity', 'edge_transfer', 'Convention',
-           'find_convention', 'Metric', 'measure', 'evaluate_fusion', 'plot_metrics', 'load_methods', 'blur_window',
-           'blur_separable', 'plain_metrics']
+           'find_convention', 'Metric', 'measure', 'evaluate_fusion', 'plot_metrics', 'load_methods', 'pair_folders',
+           'blur_window', 'blur_separable', 'plain_metrics']
 
 # %% ../nbs/08_metrics.ipynb #96197e80
 import math
 import os
+import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +40,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .core import CafError, device as find_device
-from .data import PairFolder, read_image
-from .fusion import load_fusion
+from .data import PairFolder, read_image, write_png
+from .fusion import find_weights, load_fusion
+from .synth import SynthScenes
 from .zoo import METHODS, find_method
 
 # %% ../nbs/08_metrics.ipynb #0dc9008c
@@ -152,28 +154,29 @@ def standard_deviation(fused: Tensor,              # (...,C,H,W), float in [0,1]
     return squares.mean((-2, -1)).sqrt().mean(-1)
 
 # %% ../nbs/08_metrics.ipynb #7946ec46
+def _slide(maps: Tensor, kernel: Sequence[float], dim: int, stride: int) -> Tensor:
+    "A symmetric kernel of odd length along one dimension, without padding, as a sum of shifted maps."
+    last, n = len(kernel) - 1, (maps.shape[dim] - len(kernel)) // stride + 1
+    def shifted(i): return maps[(slice(None),) * dim + (slice(i, i + (n - 1) * stride + 1, stride),)]
+    total = shifted(last // 2) * kernel[last // 2]
+    for i in range(last // 2): total.add_(shifted(i) + shifted(last - i), alpha=kernel[i])
+    return total
+
 def _blur(maps: Sequence[Tensor], # (...,H,W) each, one H and W
           size: int,              # of the window; its deviation is size / 5
           stride: int = 1,
-) -> list[Tensor]:                # without padding: ((H - size) // stride + 1, ...)
+) -> list[Tensor]:                # float64, without padding: ((H - size) // stride + 1, ...)
     "Gaussian windows over many maps, as a column and a row."
-    flat = torch.cat([m.reshape(-1, *m.shape[-2:]) for m in maps])
-    offset = torch.arange(size, device=flat.device, dtype=flat.dtype) - size // 2
-    kernel = torch.exp(-offset.square() / (2 * (size / 5) ** 2))
-    kernel = (kernel / kernel.sum()).expand(1, 1, 1, -1)
-    parts = []
-    with torch.backends.cudnn.flags(enabled=False):  # cuDNN may round to TF32, which has 10 bits
-        for part in flat.split(16):  # as channels, which is fast from a dozen on
-            n = len(part)
-            rows = F.conv2d(part[None], kernel.mT.expand(n, -1, -1, -1), stride=(stride, 1), groups=n)
-            parts.append(F.conv2d(rows, kernel.expand(n, -1, -1, -1), stride=(1, stride), groups=n)[0])
-    blurred = torch.cat(parts).split([m.shape[:-2].numel() for m in maps])
+    flat = torch.cat([m.reshape(-1, *m.shape[-2:]).double() for m in maps])
+    kernel = np.exp(-(np.arange(size) - size // 2) ** 2 / (2 * (size / 5) ** 2))
+    kernel = (kernel / kernel.sum()).tolist()
+    blurred = _slide(_slide(flat, kernel, 1, stride), kernel, 2, stride).split([m.shape[:-2].numel() for m in maps])
     return [b.reshape(*m.shape[:-2], *b.shape[-2:]) for b, m in zip(blurred, maps, strict=True)]
 
-# %% ../nbs/08_metrics.ipynb #63ee682b
+# %% ../nbs/08_metrics.ipynb #125e3a6a
 _EPS, _EYE = 1e-10, 2.  # variances below the first count as none; the second is the noise of the eye
 
-def _row_blocks(images: Sequence[Tensor], size: int, stride: int = 1, elements: int = 2**20) -> Iterator[slice]:
+def _row_blocks(images: Sequence[Tensor], size: int, stride: int = 1, elements: int = 2**18) -> Iterator[slice]:
     "Rows that windows need, in blocks that overlap by what a window reaches over: little memory, and the processor's cache holds it."
     height, width = images[0].shape[-2:]
     step = max(32, elements // (sum(x[..., 0, 0].numel() for x in images) * width) // stride)
@@ -206,8 +209,8 @@ def _fidelities(fused: Tensor, sources: Sequence[Tensor], saturate: bool) -> lis
         if size < 17: images = _halved(images, size)
         saturated = saturate and size == 17
         shift = [0. if saturated else x.mean((-2, -1), keepdim=True) for x in images]
-        for rows in _row_blocks(images, size, elements=2**18):
-            block = [x[..., rows, :] - c for x, c in zip(images, shift)]
+        for rows in _row_blocks(images, size, elements=2**16):
+            block = [x[..., rows, :].double() - c for x, c in zip(images, shift)]
             for i, parts in enumerate(_window_information(block, size, saturated)):
                 k, w = (p.sum((-2, -1), dtype=torch.float64) for p in parts)
                 kept[i], whole[i] = kept[i] + k, whole[i] + w
@@ -551,17 +554,18 @@ def evaluate_fusion(ir: Images,               # folder, or (B,C,H,W) float in [0
 
 # %% ../nbs/08_metrics.ipynb #571b317b
 def plot_metrics(frame: pd.DataFrame,                # of `evaluate_fusion`; a column `dataset` gives one row of panels each
-                 colours: Mapping[str, str] | None = None, # method -> colour
+                 colours: Mapping[str, str] | None = None, # method -> colour; gray where there is none
                  names: Mapping[str, str] | None = None,   # method -> label
 ) -> Sequence[Sequence[Axes]]:                       # one row a data set, one column a metric
     "Distribution of every metric for every method: boxes, mean as a triangle, median as a line."
     if "dataset" not in frame: frame = frame.assign(dataset="")
     datasets, metrics, methods = (list(frame[c].unique()) for c in ("dataset", "metric", "method"))
+    palette = {m: (colours or {}).get(m, "#bbbbbb") for m in methods}
     axes = plt.subplots(len(datasets), len(metrics), figsize=(7.2, 0.5 + 1.7 * len(datasets)), layout="constrained", squeeze=False)[1]
     for row, dataset in zip(axes, datasets):
         for ax, metric in zip(row, metrics):
             part = frame[(frame.dataset == dataset) & (frame.metric == metric) & np.isfinite(frame.value)]
-            sns.boxplot(part, x="method", y="value", order=methods, hue="method", hue_order=methods, palette=dict(colours) if colours else None, ax=ax, width=0.7,
+            sns.boxplot(part, x="method", y="value", order=methods, hue="method", hue_order=methods, palette=palette, ax=ax, width=0.7,
                         linewidth=0.8, fliersize=2, legend=False, showmeans=True, meanprops={"marker": "^", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4})
             unit = METRICS[metric].unit if metric in METRICS else ""
             ax.set(xlabel="", ylabel=f"{dataset}\n{metric}" if ax is row[0] and dataset else metric)
@@ -570,30 +574,47 @@ def plot_metrics(frame: pd.DataFrame,                # of `evaluate_fusion`; a c
             ax.tick_params(axis="y", labelsize=7); ax.yaxis.label.set_size(8)
     return axes
 
-# %% ../nbs/08_metrics.ipynb #ee3de63f
-def _weights(method: str, root: Path) -> Path | None:
-    "The weights of a method below `root`, ours before the published ones; None if there are none."
-    published = find_method(method).weights
-    places = [root/f"{method}.safetensors", *([root/method/published] if published else [])]
-    return next((p for p in places if p.is_file()), None)
-
+# %% ../nbs/08_metrics.ipynb #68f1a112
 def load_methods(methods: str | Sequence[str] = "", # names, or one string with commas; "": all that have weights, without the sources
-                 weights: str | Path = "",          # folder with METHOD.safetensors or METHOD/PUBLISHED-FILE; "": what comes with the package
+                 weights_root: str | Path = "",     # as for `find_weights`; "": what comes with the package
                  device: str | torch.device | None = None, # as for `load_fusion`
 ) -> dict[str, nn.Module]:                          # method -> network
     "Fusion methods by name. Raises `CafError` on an unknown name, and if weights of a named method are absent."
     named = [m.strip() for m in methods.split(",") if m.strip()] if isinstance(methods, str) else list(methods)
-    if weights and not Path(weights).is_dir(): raise CafError("there is no such folder", weights, "Give the folder of the weights")
-    nets = {}
-    for method in named or METHODS:
-        file = None
-        try:
-            if not named and find_method(method).read is None: continue
-            file = _weights(method, Path(weights)) if weights else None
-            nets[method] = load_fusion(method, file, device)
-        except CafError:
-            if named or file: raise  # not given and not asked for: left out
-    return nets
+    if str(weights_root) and not Path(weights_root).is_dir(): raise CafError("there is no such folder", weights_root, "Give the folder of the weights")
+    chosen = named or [m for m in METHODS if find_method(m).read is not None and find_weights(weights_root, m)]
+    return {m: load_fusion(m, None if find_method(m).read is None else find_weights(weights_root, m), device) for m in chosen}
+
+# %% ../nbs/08_metrics.ipynb #3100365f
+def _thinned(source: Path, copy: Path, at_most: int) -> Path:
+    "`copy`, with at most so many pairs of `source`, evenly spread. Whatever was in `copy` is removed."
+    pairs = PairFolder(source/"ir", source/"vi")
+    shutil.rmtree(copy, ignore_errors=True)
+    for kind in ("ir", "vi"): (copy/kind).mkdir(parents=True)
+    for i in sorted({i * len(pairs) // at_most for i in range(at_most)}):
+        for kind, file in (("ir", pairs[i].ir), ("vi", pairs[i].vi)): shutil.copyfile(file, copy/kind/file.name)
+    return copy
+
+def pair_folders(data_root: str | Path,           # folder of data sets with ir/ and vi/ in each; "" for embedded scenes
+                 datasets: str | Sequence[str],   # their names, or one string with commas
+                 copies: Path,                    # where embedded scenes and thinned sets are written
+                 at_most: int = 0,                # pairs of a set; 0: all (24 embedded ones)
+                 size: int = 96,                  # side of the embedded scenes, in pixels
+                 seed: int = 0,                   # of the embedded scenes
+) -> dict[str, Path]:                             # data set -> folder with ir/ and vi/
+    "Pairs to fuse. Raises `CafError` if a data set is not there."
+    if not str(data_root):
+        folder = copies/"embedded"
+        shutil.rmtree(folder, ignore_errors=True)
+        for kind in ("ir", "vi"): (folder/kind).mkdir(parents=True)
+        for scene in SynthScenes(at_most or 24, size, seed=seed):
+            for kind, image in (("ir", scene.ir), ("vi", scene.vi)): write_png(folder/kind/f"{scene.stem}.png", image)
+        return {"embedded": folder}
+    names = [d.strip() for d in datasets.split(",") if d.strip()] if isinstance(datasets, str) else list(datasets)
+    found = {name: Path(data_root)/name for name in names}
+    if not found: raise CafError("no data set is named", data_root, "Name folders in it")
+    for folder in found.values(): PairFolder(folder/"ir", folder/"vi")  # raises where there are no pairs
+    return {name: _thinned(folder, copies/name, at_most) if at_most else folder for name, folder in found.items()}
 
 # %% ../nbs/08_metrics.ipynb #cf135d09
 def blur_window(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
