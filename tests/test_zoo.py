@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from caf_nb import fusion
 from caf_nb.checkpoints import load_tensors
-from caf_nb.core import CafError, FusionSettings
+from caf_nb.core import CafError, DataSettings, FusionSettings, Profile, SearchSettings
 from caf_nb.data import luma
 from caf_nb.fusion import fuse, load_fusion, save_fusion
 from caf_nb.losses import TERMS, LossSpace
+from caf_nb.stages import Data, Search
 from caf_nb.synth import SynthScenes
 from caf_nb.train import caf_recipe, train_fusion
 from caf_nb.zoo import METHODS, as_markdown, build_network, find_method, method_table
@@ -115,7 +116,7 @@ def smoke(recipe):
     return recipe._replace(epochs=20, batch_size=2, crop=None)
 
 
-def halves(losses):
+def ends(losses):
     "The mean loss of the first and of the last quarter."
     quarter = len(losses) // 4
     return sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
@@ -132,7 +133,7 @@ def test_trains_with_its_own_loss(method):
     for number, recipe in enumerate(find_method(method).recipe):
         before = [p.detach().clone() for p in net.parameters()]
         losses = train_fusion(net, SCENES, smoke(recipe), progress=False).losses
-        first, last = halves(losses)
+        first, last = ends(losses)
         assert len(losses) == 20 and np.isfinite(losses).all()
         assert last < first, f"stage {number}: {losses}"
         assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
@@ -153,8 +154,18 @@ def test_trains_with_the_loss_of_the_paper(method, space):
     net, beta = build_network(method), torch.full((len(TERMS),), 1 / len(TERMS))
     recipe = caf_recipe(space, beta, FusionSettings(epochs=20, batch_size=2, lr=1e-3))
     losses = train_fusion(net, SCENES, recipe, progress=False).losses
-    first, last = halves(losses)
+    first, last = ends(losses)
     assert len(losses) == 20 and np.isfinite(losses).all() and last < first, losses
+
+
+@pytest.mark.parametrize("method", [name for name in TRAINED if name != "caf"])
+def test_a_loss_is_searched_through_its_network(method):
+    "One step of Algorithm 1 moves beta: the detector's loss reaches it through the network, whatever layers that has besides."
+    pytest.importorskip("ultralytics")
+    data = Data(name="m3fd", settings=DataSettings(source="embedded", size=64, train=2, val=2, test=2))
+    settings = SearchSettings(epochs=1, batch_size=2, lr_fusion=1e-3, lr_task=1e-3)
+    beta = torch.tensor(list(Search(data=data, settings=settings, detector=Profile.named("smoke").detector, network=method).run().beta.values()))
+    assert beta.sum().item() == pytest.approx(1, abs=1e-5) and beta.std() > 1e-3
 
 
 def test_the_table_is_measured():
