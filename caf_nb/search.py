@@ -95,10 +95,10 @@ def _exact(net: nn.Module, loss: _Loss, alpha: Tensor, train: tuple[Tensor, Tens
 
 # %% ../nbs/06_search.ipynb #03ff3403
 def _finite_difference(net: nn.Module, loss: _Loss, alpha: Tensor, train: tuple[Tensor, Tensor], val_loss: Callable[[Fuse], Tensor], lr: float,
-                       r: float) -> Tensor:
+                       gradient: Sequence[Tensor] | None, r: float) -> Tensor:
     "Eq. 3: two evaluations of the term values."
     params = _omega(net)
-    v = _direction(net, loss, alpha, params, train, val_loss, lr)
+    v = _direction(net, loss, alpha, params, train, val_loss, lr, gradient)
     epsilon = r / get_total_norm(v)
 
     @torch.no_grad()
@@ -107,18 +107,18 @@ def _finite_difference(net: nn.Module, loss: _Loss, alpha: Tensor, train: tuple[
     return -lr * loss.chain((slope(+1) - slope(-1)) / (2 * epsilon))
 
 def _direction(net: nn.Module, loss: _Loss, alpha: Tensor, params: dict[str, Tensor], train: tuple[Tensor, Tensor],
-               val_loss: Callable[[Fuse], Tensor], lr: float) -> tuple[Tensor, ...]:
+               val_loss: Callable[[Fuse], Tensor], lr: float, gradient: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     "v: the gradient of the task loss one step further."
-    steps = grad(loss.value(_run(net, params, *train), alpha.detach()), params.values(), materialize_grads=True)
+    steps = gradient or grad(loss.value(_run(net, params, *train), alpha.detach()), params.values(), materialize_grads=True)
     unrolled = {k: (p - lr * g).detach().requires_grad_() for (k, p), g in zip(params.items(), steps)}
     return _gradient(val_loss(partial(_run, net, unrolled)), unrolled.values())
 
 # %% ../nbs/06_search.ipynb #588f5cca
 def _neumann(net: nn.Module, loss: _Loss, alpha: Tensor, train: tuple[Tensor, Tensor], val_loss: Callable[[Fuse], Tensor], lr: float,
-             terms: int) -> Tensor:
+             gradient: Sequence[Tensor] | None, terms: int) -> Tensor:
     "Implicit differentiation with a truncated series. Raises `CafError` if it diverges."
     alpha, params = alpha.detach().clone().requires_grad_(), _omega(net)
-    v = _direction(net, loss, alpha, params, train, val_loss, lr)
+    v = _direction(net, loss, alpha, params, train, val_loss, lr, gradient)
     steps = grad(loss.value(_run(net, params, *train), alpha), params.values(), create_graph=True, materialize_grads=True)
     power, total = v, v  # (I - lr H)^j v, and the sum so far
     for _ in range(terms - 1):
@@ -141,26 +141,28 @@ def hypergradient(net: nn.Module,                # F(ir, vi) -> fused; in the mo
                   lr: float,                     # eta of the unrolled step
                   kind: Literal["finite_difference", "exact", "neumann"] = "finite_difference",
                   targets: Targets | None = None, # `space.targets(*train)`, if it is at hand
+                  gradient: Sequence[Tensor] | None = None, # of the training loss by the trained parameters of `net`, if it is at hand; exact has no use for it
                   r: float | None = None,        # finite_difference only: length of the step in parameter space; default 1e-4
                   neumann_terms: int | None = None, # neumann only: K, at least 1
 ) -> Tensor:                                     # like `alpha`, with respect to alpha; 15: in the order of TERMS
     "Gradient of the validation loss with respect to alpha. Leaves no trace in `net`. Raises `CafError` on bad arguments. Source: paper, Eq. 3."
-    _check_call(space, alpha, lr, kind, r, neumann_terms)
+    _check_call(space, alpha, lr, kind, gradient, r, neumann_terms)
     devices = [alpha.device] if alpha.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         loss = _Mixture(space, alpha, *train, targets) if hasattr(space, "terms") else _Function(space, alpha, *train)
         call = net, loss, alpha, train, val_loss, lr
         if kind == "exact": return _exact(*call)
-        if kind == "neumann": return _neumann(*call, neumann_terms)
-        return _finite_difference(*call, _R if r is None else r)
+        if kind == "neumann": return _neumann(*call, gradient, neumann_terms)
+        return _finite_difference(*call, gradient, _R if r is None else r)
 
-def _check_call(space: object, alpha: Tensor, lr: float, kind: str, r: float | None, neumann_terms: int | None) -> None:
+def _check_call(space: object, alpha: Tensor, lr: float, kind: str, gradient: Sequence[Tensor] | None, r: float | None, neumann_terms: int | None) -> None:
     "Raises `CafError` on arguments that make no hypergradient."
     if not lr > 0: raise CafError(f"the unrolled step has eta = {lr}", remedy="Pass lr > 0")
     if hasattr(space, "terms") and alpha.shape != (len(TERMS),):
         raise CafError(f"alpha has shape {tuple(alpha.shape)}", remedy=f"Pass {len(TERMS)} logits in the order of TERMS")
     if kind not in ("finite_difference", "exact", "neumann"):
         raise CafError(f"there is no kind {kind!r}", remedy="Choose finite_difference, exact or neumann")
+    if gradient is not None and kind == "exact": raise CafError("kind exact does not read a gradient", remedy="Leave gradient out")
     if r is not None and kind != "finite_difference": raise CafError("only kind finite_difference reads r", remedy="Leave r out")
     if r is not None and not r > 0: raise CafError(f"r is {r}", remedy="Pass r > 0")
     if (neumann_terms is not None) != (kind == "neumann"):
@@ -207,12 +209,28 @@ def _task_loss(task: Task, fuse: Fuse, batch: Batch) -> Tensor:
     targets = task.targets(batch) if hasattr(task, "targets") else batch
     return task.loss(recolor(fuse(batch.ir, vi), batch.vi), targets)
 
-# %% ../nbs/06_search.ipynb #e88e6404
+# %% ../nbs/06_search.ipynb #212bd954
 class NotFinite(CafError): "A loss or a gradient is nan or infinite."
 
 def _check_finite(value: Tensor, name: str, step: int) -> None:
     "Raises `NotFinite` unless `value`, a scalar called `name`, is finite."
     if not value.isfinite(): raise NotFinite(f"{name} is {value.item()} at step {step}", remedy="Lower the learning rate, or look for broken images")
+
+def _backward(loss: Tensor, optimizer: torch.optim.Optimizer, step: int, name: str) -> Tensor:
+    "Gradients of all that `optimizer` moves; returns their norm. Raises `NotFinite` if the loss or the norm is not finite."
+    _check_finite(loss.detach(), name, step)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = get_total_norm(p.grad for p in _moved(optimizer))
+    _check_finite(norm, f"the gradient of {name}", step)
+    return norm
+
+def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]: return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+def _take(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None) -> None:
+    "The step itself, with a gradient no longer than `max_norm`."
+    if max_norm is not None: clip_grads_with_norm_(_moved(optimizer), max_norm, norm)
+    optimizer.step()
 
 def descend(loss: Tensor,                     # scalar
             optimizer: torch.optim.Optimizer,
@@ -221,14 +239,7 @@ def descend(loss: Tensor,                     # scalar
             max_norm: float | None = None,    # longest gradient; a longer one is scaled down to it
 ) -> float:                                   # the loss
     "One step of `optimizer`. Raises `NotFinite` before the step if the loss or its gradient is not finite."
-    _check_finite(loss.detach(), name, step)
-    optimizer.zero_grad()
-    loss.backward()
-    moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([p.grad for p in moved])
-    _check_finite(norm, f"the gradient of {name}", step)
-    if max_norm is not None: clip_grads_with_norm_(moved, max_norm, norm)
-    optimizer.step()
+    _take(optimizer, _backward(loss, optimizer, step, name), max_norm)
     return loss.item()
 
 # %% ../nbs/06_search.ipynb #556b8932
@@ -281,18 +292,19 @@ class _Search:
         with torch.no_grad(): fused = _run(self.net, dict(self.net.named_parameters()), batch.ir, luma(batch.vi))
         return descend(_task_loss(self.task, lambda ir, vi: fused, batch), self.by_task, len(self.rows), "the training task loss", self.settings.max_norm)
 
-    def step_fusion(self, targets: Targets) -> dict[str, float]:
-        "omega_f on L_f(beta); returns the loss and the fifteen term values."
+    def differentiate_fusion(self, targets: Targets) -> tuple[Tensor, dict[str, float]]:
+        "The gradient of L_f(beta) by omega_f; returns its norm, the loss and the fifteen term values."
         fused = self.net(targets.ir, targets.vi)
         terms = self.space.terms(fused, targets.ir, targets.vi, targets)
         loss = self.space.weigh(terms, self.space.fixed(fused, targets), self.alpha.detach().softmax(0))
         broken = [name for name, term in zip(TERMS, terms) if not term.isfinite()]
-        value = descend(loss, self.by_fusion, len(self.rows), f"the fusion loss{f' ({broken[0]})' if broken else ''}", self.settings.max_norm)
-        return {"fusion_loss": value} | {f"value_{name}": term for name, term in zip(TERMS, terms.tolist())}
+        norm = _backward(loss, self.by_fusion, len(self.rows), f"the fusion loss{f' ({broken[0]})' if broken else ''}")
+        return norm, {"fusion_loss": loss.item()} | {f"value_{name}": term for name, term in zip(TERMS, terms.tolist())}
 
     def step_alpha(self, targets: Targets, batch: Batch) -> dict[str, float]:
         "alpha along the hypergradient (Eq. 3)."
         seen, s = [], self.settings
+        gradient = None if s.kind == "exact" else [torch.zeros_like(p) if p.grad is None else p.grad for p in self.net.parameters() if p.requires_grad]
         def val_loss(fuse: Fuse) -> Tensor:
             loss = _task_loss(self.task, fuse, batch)
             _check_finite(loss.detach(), "the validation task loss", len(self.rows))
@@ -300,7 +312,7 @@ class _Search:
             return loss
         with _buffers_kept(self.task):
             found = hypergradient(self.net, self.space, self.alpha, (targets.ir, targets.vi), val_loss, self.by_fusion.param_groups[0]["lr"],
-                                  s.kind, targets, s.r, s.neumann_terms)
+                                  s.kind, targets, gradient, s.r, s.neumann_terms)
         norm = found.norm()
         _check_finite(norm, "the hypergradient", len(self.rows))
         cosine = torch.cosine_similarity(found, self.last, dim=0, eps=0).item()  # nan at the first step
@@ -312,8 +324,11 @@ class _Search:
         "One turn of each player; the references of the batch are computed once."
         batch = next(self.batches).to(self.on)
         targets = self.space.targets(batch.ir, luma(batch.vi))
-        row = {"epoch": len(self.rows) // self.epoch_steps, "task_loss": self.step_task(batch)} | self.step_fusion(targets)
+        row = {"epoch": len(self.rows) // self.epoch_steps, "task_loss": self.step_task(batch)}
+        norm, losses = self.differentiate_fusion(targets)
+        row |= losses
         if (len(self.rows) + 1) % self.settings.steps_per_beta == 0: row |= self.step_alpha(targets, next(self.held_out).to(self.on))
+        _take(self.by_fusion, norm, self.settings.max_norm)
         self.rows.append(row | dict(zip(TERMS, self.alpha.detach().softmax(0).tolist())))
         if len(self.rows) % self.epoch_steps == 0: self.end_epoch()
 
