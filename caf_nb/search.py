@@ -276,7 +276,7 @@ class _Search:
 
     def __init__(self, net: nn.Module, task: Task, space: LossSpace, train: Sequence[Scene], val: Sequence[Scene],
                  settings: SearchSettings, seed: int, alpha: Tensor):
-        self.net, self.task, self.space, self.settings = net.train(), task, space, settings
+        self.net, self.task, self.space, self.settings = net.train().to(memory_format=torch.channels_last), task, space, settings  # a tenth faster on CPUs
         self.on = next(net.parameters()).device
         self.alpha = alpha.to(self.on).requires_grad_()
         adams = ((task.parameters(), settings.lr_task), (net.parameters(), settings.lr_fusion), ([self.alpha], settings.lr_alpha))
