@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import load_tensors, read_tensors
+from .checkpoints import load_tensors, read_tensors, renamed
 from .core import CafError, device as find_device
 from .data import Pair, PairFolder, luma, read_pair, recolor_uint8, to_uint8, write_png
 from .zoo import Method, build_network, find_method
@@ -66,15 +66,10 @@ _OFFICIAL = {
     "squeeze.conv": "fuse.0.0", "refine.conv": "fuse.1.0", "refine.norm": "fuse.1.1", "out": "fuse.2.0",
 }
 
-def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    "`state` with the module part of each name looked up in `names`; unknown names stay."
-    parts = {name: name.rpartition(".") for name in state}
-    return {f"{names.get(parts[name][0], parts[name][0])}.{parts[name][2]}": tensor for name, tensor in state.items()}
-
 def to_official(state: Mapping[str, Tensor], # a state of FusionNet
 ) -> dict[str, Tensor]:                      # the same tensors under the names of the released network
     "Our names to the official ones."
-    return _renamed(state, _OFFICIAL)
+    return renamed(state, _OFFICIAL)
 
 def from_official(state: Mapping[str, Tensor], # official names, perhaps below a prefix such as `fuse.` or `module.`
 ) -> dict[str, Tensor]:                        # the same tensors under the names of FusionNet
@@ -82,7 +77,7 @@ def from_official(state: Mapping[str, Tensor], # official names, perhaps below a
     prefixes = [name[:-len("encoder1.0.weight")] for name in state if name.endswith("encoder1.0.weight")]
     start = prefixes[0] if len(prefixes) == 1 else ""
     inside = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
-    return _renamed(inside, {theirs: ours for ours, theirs in _OFFICIAL.items()})
+    return renamed(inside, {theirs: ours for ours, theirs in _OFFICIAL.items()})
 
 # %% ../nbs/04_fusion.ipynb #96d93c11
 def _replace(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
