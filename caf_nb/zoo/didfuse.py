@@ -143,9 +143,9 @@ def decomposition_loss(ir: Features, vi: Features, variant: Literal["paper", "re
     return distance(ir.base, vi.base).tanh() - weight * distance(ir.detail, vi.detail).tanh()
 
 class DIDFuseLoss(Objective):
-    "The loss that DIDFuse is trained with. Raises `CafError` on an unknown variant. Source: Zhao et al., IJCAI 2020; the released trainer."
+    "The loss that DIDFuse is trained with. Raises `CafError` on an unknown variant. Source: the released trainer; for `paper` our reading of Zhao et al., IJCAI 2020."
 
-    def __init__(self, variant: Literal["paper", "released"] = "paper"): # distance of features: squared, as printed, or absolute, as released
+    def __init__(self, variant: Literal["paper", "released"] = "paper"): # distance of features: squared, our reading of the paper, or absolute, as released
         super().__init__()
         if variant not in ("paper", "released"): raise CafError(f"there is no variant {variant!r}", remedy="Choose paper or released")
         self.variant = variant
