@@ -79,21 +79,21 @@ def structure_loss(fused: Tensor, # (B,1,H,W)
                    ir: Tensor,    # (B,1,H,W) in [0,1]
                    vi: Tensor,    # (B,1,H,W) in [0,1]
 ) -> Tensor:                      # scalar, 0 if all three are equal
-    "Mean of 1 - SSIM with each source, window of 11 pixels. Source: TarDAL."
+    "Mean of 1 - SSIM with each source, window of 11 pixels. Source: our reading of TarDAL, first release."
     return 1 - (ssim(fused, ir, 11) + ssim(fused, vi, 11)).mean() / 2
 
 def pixel_loss(fused: Tensor, # (B,1,H,W)
                ir: Tensor,    # (B,1,H,W) in [0,1]
                vi: Tensor,    # (B,1,H,W) in [0,1]
 ) -> Tensor:                  # scalar
-    "Absolute differences from the sources, each weighted by its saliency. Source: TarDAL."
+    "Absolute differences from the sources, each weighted by its saliency. Source: our reading of TarDAL, first release."
     w_ir, w_vi = saliency_weights(ir, vi)
     return (w_ir * (fused - ir).abs() + w_vi * (fused - vi).abs()).mean()
 
 # %% ../../nbs/zoo/tardal.ipynb #1bb46d37
 def target_mask(ir: Tensor, # (B,1,H,W) in [0,1]
 ) -> Tensor:                # (B,1,H,W), 1 on targets and 0 elsewhere
-    "Where the infrared image is brighter than its mean by 1.5 standard deviations. A stand-in for the saliency network of the paper."
+    "Where the infrared image is brighter than its mean by 1.5 standard deviations. A stand-in for the saliency network of the authors."
     mean, deviation = ir.mean((-2, -1), keepdim=True), ir.std((-2, -1), keepdim=True)
     return (ir > mean + 1.5 * deviation).to(ir)
 
@@ -125,7 +125,7 @@ def critic_loss(critic: nn.Module, # (B,1,H,W) -> (B,)
 
 # %% ../../nbs/zoo/tardal.ipynb #e20a001e
 class DualAdversarial(Objective):
-    "Structure + 20 pixels + 0.1 adversarial; holds and trains the two discriminators. Source: Liu et al., CVPR 2022; factors of the first release."
+    "Structure + 20 pixels + 0.1 adversarial; holds and trains the two discriminators. Source: Liu et al., CVPR 2022; factors of the first release, forms as we read it."
 
     def __init__(self, mask: Callable[[Tensor], Tensor] = target_mask): # ir -> target mask, both (B,1,H,W) in [0,1]
         super().__init__()
