@@ -40,7 +40,7 @@ class ReCoNet(nn.Module):
 
     def __init__(self,
                  variant: Literal["v0", "plus"] = "v0", # the version of the paper, or the later ReCo+
-                 start: Literal["max", "mean"] = "max", # the first guess; the published results start from "max"
+                 start: Literal["max", "mean"] = "max", # the first guess; the released program of v0 starts from "max"
     ):
         super().__init__()
         if variant not in ("v0", "plus"): raise CafError(f"there is no variant {variant!r}", remedy="Choose v0 or plus")
@@ -106,7 +106,7 @@ def weighted_loss(fused: Tensor,          # (B,1,H,W)
     return loss.mean()
 
 class ReCoNetLoss(Objective):
-    "The fusion loss of the released trainer, with borrowed weights. Source: Huang et al., ECCV 2022; the released trainer of ReCo+."
+    "The fusion loss of the released trainer, with borrowed weights. Source: the released trainer of ReCo+."
 
     def forward(self, net: nn.Module, ir: Tensor, vi: Tensor) -> Tensor: return weighted_loss(net(ir, vi), ir, vi)
 
