@@ -114,7 +114,7 @@ def laplacian(image: Tensor) -> Tensor:
 def decision(ir: Tensor, # (B,1,H,W)
              vi: Tensor, # (B,1,H,W), aligned
 ) -> Tensor:             # (B,1,H,W): 1 where the edges of `vi` are the stronger ones, else 0
-    "The adaptive decision block: which source each pixel takes its edges from. Source: Zhang and Ma, IJCV 2021."
+    "The adaptive decision block: which source each pixel takes its edges from. Source: the released trainer of SDNet."
     gaussian = get_gaussian_kernel2d((3, 3), (1.5, 1.5))[0]
     strength_ir, strength_vi = (laplacian(_filtered(image, gaussian)).abs() for image in (ir, vi))
     return (strength_vi > strength_ir).to(ir.dtype)
@@ -126,7 +126,7 @@ def fusion_loss(fused: Tensor, # (B,1,H,W) in [-1,1]; so are the others
                 alpha: float = 0.5, # weight of the visible intensities
                 beta: float = 80.,  # weight of the gradients
 ) -> Tensor:                        # scalar
-    "Intensity and gradient terms. Source: Zhang and Ma, IJCV 2021; numbers of the released trainer."
+    "Intensity and gradient terms. Source: the released trainer of SDNet."
     from_vi = decision(ir, vi)
     intensity = F.mse_loss(fused, ir) + alpha * F.mse_loss(fused, vi)
     gradient = ((1 - from_vi) * laplacian(fused - ir).square()).mean() + (from_vi * laplacian(fused - vi).square()).mean()
