@@ -95,7 +95,7 @@ def information(vgg: Vgg,          # features; their weights decide what counts 
                 gray: Tensor,      # (B,1,H,W) in [0,1]
                 size: int | None = None, # side to which the image is brought before, in pixels; None: as it is, at least 16x16
 ) -> Tensor:                       # (B,), not negative; in squared gray levels
-    "The measure g of Xu et al., TPAMI 2022: how much detail the features of an image have, in the mean of five depths."
+    "The measure g of U2Fusion's released trainer: how much detail the features of an image have, in the mean of five depths."
     image = gray if size is None else F.interpolate(gray, (size, size), mode="nearest")
     if min(image.shape[-2:]) < 16: raise CafError(f"the images are only {image.shape[-2]}x{image.shape[-1]} pixels", remedy="VGG needs at least 16x16")
     return torch.stack([_detail(features) for features in _features(vgg, image)]).mean(0)
@@ -120,7 +120,7 @@ def similarity_loss(fused: Tensor, # (B,1,H,W) in [0,1], at least 11x11 pixels
                     w_vi: Tensor,  # (B,)
                     alpha: float = 20., # weight of the squared errors
 ) -> Tensor:                       # scalar
-    "Weighted SSIM and squared errors. Source: Xu et al., TPAMI 2022; alpha of the released trainer."
+    "Weighted SSIM and squared errors. Source: the released trainer of U2Fusion."
     structure = w_ir * _dissimilarity(fused, ir) + w_vi * _dissimilarity(fused, vi)
     intensity = w_ir * (fused - ir).square().mean((1, 2, 3)) + w_vi * (fused - vi).square().mean((1, 2, 3))
     return (structure + alpha * intensity).mean()
