@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from caf_nb import fusion
 from caf_nb.checkpoints import load_tensors
 from caf_nb.core import CafError, DataSettings, FusionSettings, Profile, SearchSettings
-from caf_nb.data import luma
+from caf_nb.data import luma, read_image
 from caf_nb.fusion import fuse, load_fusion, save_fusion
 from caf_nb.losses import TERMS, LossSpace
 from caf_nb.stages import Data, Search
 from caf_nb.synth import SynthScenes
 from caf_nb.train import caf_recipe, train_fusion
 from caf_nb.zoo import METHODS, as_markdown, build_network, find_method, method_table
+from caf_nb.zoo.umfusion import ms_ssim
 
 
 class Golden(NamedTuple):
@@ -207,6 +208,14 @@ def test_reconet_in_every_round(shared, variant, folder):
         for k, parts in enumerate(rounds, 1):
             for part, name in zip(parts, ("f", "attir", "attvi"), strict=True):
                 torch.testing.assert_close(part, torch.from_numpy(golden[f"{name}{k}_case{i}"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("span, expected", [(255., 0.0041), (1., 0.762)])
+def test_umfusion_measures_structure_as_its_trainer_does(shared, span, expected):
+    "1 - MSSSIM of both sources as the official class gives it, at the range that the trainer uses and at the right one."
+    ir, vi = (read_image(shared / f"data/tno/{source}/01.png")[None, :1, :256, :256] for source in ("ir", "vi"))
+    assert 1 - ms_ssim(ir, vi, span).item() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.shared

@@ -128,7 +128,7 @@ def joint_gradient_loss(fused: Tensor, ir: Tensor, vi: Tensor) -> Tensor:
     return F.l1_loss(edges[0], torch.maximum(*edges[1:]))
 
 class UMFusionLoss(Objective):
-    "The fusion loss of UMF-CMGR. Raises `CafError` on an unknown variant. Source: Wang et al., IJCAI 2022; the released trainer."
+    "The fusion loss of UMF-CMGR. Raises `CafError` on an unknown variant. Source: the released trainer; for `paper` the range as we read Wang et al., IJCAI 2022."
 
     def __init__(self, variant: Literal["paper", "released"] = "paper"): # "released" takes images in [0,1] for such in [0,255], in the first term
         super().__init__()
