@@ -154,7 +154,7 @@ class Profile(_Settings):
 # %% ../nbs/00_core.ipynb #b38ac368
 PROFILES = {p.name: p for p in (
     Profile(name="smoke", note="wiring only: these numbers show that the code runs, and nothing else",
-            data=DataSettings(source="embedded", size=96, train=48, val=8, test=24),
+            data=DataSettings(source="embedded", size=96, train=32, val=8, test=24),
             search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3, lr_task=1e-3),
             fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
             detector=DetectorSettings(model="yolov5n", epochs=16, batch_size=4, nominal_batch=4, pretrained=False),
