@@ -154,9 +154,9 @@ class Variant(BaseModel):
     perceptual_gradient: bool = True  # whether they reach the fused image
 
     def __str__(self) -> str:
-        named = [name for name, variant in VARIANTS.items() if self == variant]
-        changed = {name: value for name, value in self if value != getattr(PAPER, name)}
-        return named[0] if named else "paper with " + ", ".join(f"{name} {value}" for name, value in changed.items())
+        def changed(other): return {name: getattr(self, name) for name in Variant.model_fields if getattr(self, name) != getattr(other, name)}
+        named = [name for name, variant in VARIANTS.items() if not changed(variant)]
+        return named[0] if named else "paper with " + ", ".join(f"{name} {value}" for name, value in changed(PAPER).items())
 
 PAPER = Variant()
 RELEASED = Variant(ssim_window=5, ssim_halved=True, border="constant", first_layer_only=True, perceptual_scale=0.1, perceptual_gradient=False)
