@@ -228,7 +228,8 @@ def test_interrupt(folder):
         for kind in ("ir", "vi"): (folder / kind / f"{i}.png").symlink_to(folder / kind / "0.png")
     out = folder / "new"
     run = subprocess.Popen([program(), "--ir", folder / "ir", "--vi", folder / "vi", "--out", out, "--weights", folder / "net.safetensors"],
-                           stderr=subprocess.PIPE, text=True)
+                           stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell lets what it starts in the background ignore it
     limit = time.monotonic() + 120
     while not list(out.glob("*.png")) and run.poll() is None and time.monotonic() < limit: time.sleep(0.01)
     run.send_signal(signal.SIGINT)
