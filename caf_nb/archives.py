@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import warnings
@@ -28,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .core import CafError
+from .core import CafError, replacing
 from .data import Scene
 from .datasets import (DISJOINT, NOTES, READERS, Finding, Item, Member, Published, Split, brief, decoding, image_size, label_text, natural,
                              read_mask, read_split, read_yolo, where, write_split, write_text)
@@ -346,16 +345,12 @@ class Prepared(NamedTuple):
 
 def _copy(source: Path, target: Path) -> None:
     "Copy a file in one step, unless a copy of that size is there. Raises `CafError` if that fails."
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         if target.is_file() and target.stat().st_size == source.stat().st_size: return
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, part)
-        part.replace(target)
+        with replacing(target) as part: shutil.copyfile(source, part)
     except OSError as error:
         raise CafError(f"cannot be copied to {target} ({error.strerror})", source, "Choose a folder with room that you may write to") from None
-    finally:
-        if part.exists(): part.unlink()
 
 def _prepared_split(published: Published, file: Path, seed: int, ratio: tuple[float, float, float], progress: bool) -> Split:
     "The split in `file`, or a new one written there. Raises `CafError` if the file came about otherwise."

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from .core import CafError
+from .core import CafError, replacing
 from .data import EXTENSIONS, M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, read_pair
 
 # %% ../nbs/01b_datasets.ipynb #3dd02d60
@@ -325,16 +325,12 @@ _HEADER = "# caf_nb split of {}, version {}: seed {}, ratio {:g} {:g} {:g} (trai
 
 def write_text(path: Path, text: str) -> None:
     "Write a file in one step, unless it holds just that. Raises `CafError` if that fails."
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.is_file() and path.read_bytes() == text.encode(): return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
+        with replacing(path) as part: part.write_text(text, encoding="utf-8", newline="")
     except (OSError, UnicodeError) as error:
         raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or 'a file name is no text'})", path, "Choose a folder that you may write to") from None
-    finally:
-        if part.exists(): part.unlink()
 
 def write_split(path: str | Path, split: Split) -> None:
     "Write a split file in one step. Raises `CafError` if the folder cannot be written."

@@ -322,6 +322,7 @@ class _Search:
 
     def step(self) -> None:
         "One turn of each player; the references of the batch are computed once."
+        self.held_out.stems = []  # none looked at yet in this step
         batch = next(self.batches).to(self.on)
         targets = self.space.targets(batch.ir, luma(batch.vi))
         row = {"epoch": len(self.rows) // self.epoch_steps, "task_loss": self.step_task(batch)}
