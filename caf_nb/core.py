@@ -86,6 +86,9 @@ class DataSettings(_Settings):
     train: int = 0                            # scenes a split; 0: whatever the published set holds
     val: int = 0
     test: int = 0
+    task_size: int | None = Field(None, ge=1) # side of the images that the detector is fine-tuned on; None: `size`
+    blocks: int = Field(0, ge=0)              # cut from M3FD, TNO and RoadScene to train the fusion network; 0: it trains on the train split
+    block_size: int = Field(128, ge=1)        # side of a block; the paper gives none
 
 class SearchSettings(_Settings):
     "Algorithm 1: three optimisers that take turns. The defaults are the paper's."
@@ -168,7 +171,7 @@ PROFILES = {p.name: p for p in (
             segmenter=SegmenterSettings(model="b0", steps=300, batch_size=8, lr=6e-4, pretrained=False),
             vgg="random"),
     Profile(name="paper", note="the paper's settings (section 4.1)",
-            data=DataSettings(source="published", size=320),
+            data=DataSettings(source="published", size=320, task_size=640, blocks=1000), # 640: YOLOv5's own recipe
             search=SearchSettings(epochs=10, batch_size=8),
             fusion=FusionSettings(epochs=100, batch_size=8),
             detector=DetectorSettings(model="yolov5s", epochs=100, batch_size=16, nominal_batch=64, pretrained=True),
