@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'CafError', 'seed_everything', 'seeded', 'replacing', 'device', 'DataSettings', 'SearchSettings',
-           'FusionSettings', 'DetectorSettings', 'SegmenterSettings', 'Profile', 'environment']
+           'FusionSettings', 'DetectorSettings', 'SegmenterSettings', 'PretrainSettings', 'Profile', 'environment']
 
 # %% ../nbs/00_core.ipynb #e579059c
 import os
@@ -135,6 +135,12 @@ class SegmenterSettings(_Settings):
     lr: float = 6e-5           # AdamW
     pretrained: bool           # ImageNet weights needed
 
+class PretrainSettings(_Settings):
+    "What stands in for COCO and ImageNet weights: a training on embedded scenes that no other stage sees."
+    data: DataSettings
+    epochs: int                # of the detector
+    steps: int                 # of the segmenter
+
 # %% ../nbs/00_core.ipynb #0185b2a7
 class Profile(_Settings):
     "Everything that differs between a first look and the paper's run."
@@ -146,6 +152,8 @@ class Profile(_Settings):
     detector: DetectorSettings
     segmenter: SegmenterSettings
     vgg: Literal["random", "imagenet"]  # weights behind the perceptual terms n and o
+    pretraining: PretrainSettings | None = None # None: task networks start from published weights where they are needed, else from random ones
+    home: Literal["out", "results"] = "results" # folder of the project for what it measures: results/ is committed, out/ is not
 
     @classmethod
     def named(cls, name: str) -> "Profile":
@@ -162,14 +170,14 @@ PROFILES = {p.name: p for p in (
             fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
             detector=DetectorSettings(model="yolov5n", epochs=16, batch_size=4, nominal_batch=4, pretrained=False),
             segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
-            vgg="random"),
+            vgg="random", home="out"),
     Profile(name="mini", note="trends on embedded scenes, not the paper's data",
-            data=DataSettings(source="embedded", size=96, train=256, val=64, test=128),
-            search=SearchSettings(epochs=2, batch_size=4, lr_fusion=1e-3, lr_task=1e-3, warmup_task=100),
-            fusion=FusionSettings(epochs=2, batch_size=8, lr=1e-3),
-            detector=DetectorSettings(model="yolov5n", epochs=30, batch_size=16, nominal_batch=16, pretrained=False),
-            segmenter=SegmenterSettings(model="b0", steps=300, batch_size=8, lr=6e-4, pretrained=False),
-            vgg="random"),
+            data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
+            search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3),
+            fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
+            detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
+            segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, pretrained=False),
+            vgg="random", pretraining=PretrainSettings(data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600)),
     Profile(name="paper", note="the paper's settings (section 4.1)",
             data=DataSettings(source="published", size=320, task_size=640, blocks=1000), # 640: YOLOv5's own recipe
             search=SearchSettings(epochs=10, batch_size=8),

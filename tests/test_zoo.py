@@ -17,7 +17,8 @@ from caf_nb.core import CafError, DataSettings, FusionSettings, Profile, SearchS
 from caf_nb.data import luma, read_image
 from caf_nb.fusion import fuse, load_fusion, save_fusion
 from caf_nb.losses import TERMS, LossSpace
-from caf_nb.stages import Data, Search
+from caf_nb.inputs import Data
+from caf_nb.stages import Search
 from caf_nb.synth import SynthScenes
 from caf_nb.train import caf_recipe, train_fusion
 from caf_nb.zoo import METHODS, as_markdown, build_network, find_method, method_table

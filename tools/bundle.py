@@ -8,7 +8,8 @@ Run from the root of the project: .venv/bin/python tools/bundle.py
 from caf_nb.core import FusionSettings, Profile
 from caf_nb.fusion import save_fusion
 from caf_nb.losses import TERMS
-from caf_nb.stages import Data, TrainFusion, Weighted
+from caf_nb.inputs import Data
+from caf_nb.stages import TrainFusion, Weighted
 
 mini = Profile.named("mini")
 stage = TrainFusion(data=Data(name="m3fd", settings=mini.data), loss=Weighted(beta=(1 / len(TERMS),) * len(TERMS)),

@@ -68,7 +68,7 @@ class Method(NamedTuple):
 
 # %% ../../nbs/zoo/index.ipynb #1a7261a3
 METHODS: dict[str, str | Method] = {
-    "caf": "caf_nb.fusion:CAF", "ir": "caf_nb.fusion:INFRARED", "vi": "caf_nb.fusion:VISIBLE",
+    "caf": "caf_nb.fusion:CAF", "ir": "caf_nb.fusion:INFRARED", "vi": "caf_nb.fusion:VISIBLE", "mean": "caf_nb.fusion:MEAN",
     "didfuse": "caf_nb.zoo.didfuse:METHOD",
     "sdnet": "caf_nb.zoo.sdnet:METHOD",
     "umfusion": "caf_nb.zoo.umfusion:METHOD",
