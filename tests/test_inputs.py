@@ -208,3 +208,39 @@ def test_real_pairs_through_the_same_readers(shared):
     mixed = BlockData(sets=("tno", "roadscene", "msrs"), blocks=6, block_size=96, root=str(root))
     batch = collate(held(mixed.split("train"))[:])
     assert batch.ir.shape == (6, 1, 96, 96) and batch.vi.std(dim=(1, 2, 3)).min() > 0.001  # one of them is of a dark night
+
+
+# ---------------------------------------------------------------- stages
+
+@pytest.mark.slow
+def test_from_an_archive_to_a_score(data_root, tmp_path):
+    "Search, training, fusion and fine-tuning on a published tree; then the archive moves, and nothing is computed again."
+    pytest.importorskip("ultralytics")
+    from caf_nb.stages import FinetuneDetector, FuseDataset, Search, TrainFusion
+    smoke, cache = Profile.named("smoke"), {"folder": str(tmp_path / "stages")}
+    archive = tmp_path / "here"
+    archive.mkdir()
+    shutil.copytree(data_root / "M3FD", archive / "M3FD")
+
+    def chain(root):
+        of = Data.of("m3fd", DataSettings(source="embedded", size=64), root)
+        found = Search(data=of, settings=smoke.search, detector=smoke.detector, infra=cache)
+        trained = TrainFusion(data=of, loss=found, settings=smoke.fusion, infra=cache)
+        judge = smoke.detector.model_copy(update={"epochs": 1})
+        return of, found, trained, FinetuneDetector(fused=FuseDataset(data=of, model=trained, infra=cache), settings=judge, infra=cache)
+
+    of, found, trained, scored = chain(archive)
+    result = scored.run()
+    assert set(result.ap) == set(M3FD_CLASSES) and len(found.run().history) == 2 and sum(found.run().beta.values()) == pytest.approx(1, abs=1e-5)
+    assert "published m3fd" in trained.provenance()["fusion network"]
+    pictures = scored.fused.run()
+    for which in SPLITS:
+        assert sorted(p.stem for p in (pictures / "images" / which).iterdir()) == sorted(of.stems(which))
+        for scene in of.whole(which):
+            rows = [list(map(float, row.split())) for row in (pictures / "labels" / which / f"{scene.stem}.txt").read_text().splitlines()]
+            assert rows == [pytest.approx(row, abs=1e-5) for row in scene.boxes.tolist()]
+
+    archive.rename(tmp_path / "there")
+    moved = chain(tmp_path / "there")
+    assert [stage.infra.status() for stage in (*moved[1:], moved[3].fused)] == ["completed"] * 4
+    assert moved[3].run().losses == result.losses
