@@ -153,6 +153,11 @@ class Profile(_Settings):
     segmenter: SegmenterSettings
     vgg: Literal["random", "imagenet"]  # weights behind the perceptual terms n and o
     pretraining: PretrainSettings | None = None # None: task networks start from published weights where they are needed, else from random ones
+    seeds: tuple[int, ...] = (0, 1, 2, 3)  # of a study of claims
+    methods: tuple[str, ...]            # rows of Tables 1 and 2, and of Figures 2 and 3
+    ablation: tuple[str, ...]           # rows of Table 3
+    trained: tuple[str, ...] = ()       # methods that are trained here with their own loss where they have no weights
+    confidence: float = Field(0.25, ge=0, le=1) # of the boxes that Figure 2 draws
     home: Literal["out", "results"] = "results" # folder of the project for what it measures: results/ is committed, out/ is not
 
     @classmethod
@@ -163,28 +168,33 @@ class Profile(_Settings):
         return PROFILES[name]
 
 # %% ../nbs/00_core.ipynb #b38ac368
+_COMPARED = ("didfuse", "sdnet", "umfusion", "defusion", "reconet", "u2fusion", "tardal")
+_ABLATION = ("umfusion", "umfusion_p", "reconet", "reconet_p", "u2fusion", "u2fusion_p", "caf_h", "caf_r", "caf_a", "caf")
+
 PROFILES = {p.name: p for p in (
     Profile(name="smoke", note="wiring only: these numbers show that the code runs, and nothing else",
             data=DataSettings(source="embedded", size=96, train=32, val=8, test=24),
             search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3, lr_task=1e-3),
             fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
-            detector=DetectorSettings(model="yolov5n", epochs=16, batch_size=4, nominal_batch=4, pretrained=False),
+            detector=DetectorSettings(model="yolov5n", epochs=3, batch_size=4, nominal_batch=4, pretrained=False),
             segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
-            vgg="random", home="out"),
+            vgg="random", seeds=(0,), home="out", confidence=0.01,
+            methods=("ir", "vi", "caf"), ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("umfusion", "reconet", "u2fusion")),
     Profile(name="mini", note="trends on embedded scenes, not the paper's data",
             data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
             search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3),
             fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
             detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
             segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, pretrained=False),
-            vgg="random", pretraining=PretrainSettings(data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600)),
+            vgg="random", pretraining=PretrainSettings(data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600),
+            methods=("ir", "vi", "umfusion", "reconet", "u2fusion", "caf"), ablation=_ABLATION, trained=("umfusion", "reconet", "u2fusion")),
     Profile(name="paper", note="the paper's settings (section 4.1)",
             data=DataSettings(source="published", size=320, task_size=640, blocks=1000), # 640: YOLOv5's own recipe
             search=SearchSettings(epochs=10, batch_size=8),
             fusion=FusionSettings(epochs=100, batch_size=8),
             detector=DetectorSettings(model="yolov5s", epochs=100, batch_size=16, nominal_batch=64, pretrained=True),
             segmenter=SegmenterSettings(model="b1", steps=4000, batch_size=16, pretrained=True),
-            vgg="imagenet"),
+            vgg="imagenet", methods=("ir", "vi", *_COMPARED, "caf"), ablation=_ABLATION),
 )}
 
 # %% ../nbs/00_core.ipynb #736e8cb4
