@@ -139,9 +139,11 @@ class Search(BaseModel):
         return Searched(dict(zip(TERMS, found.beta.tolist())), found.history, about)
 
     def scores(self) -> dict[str, float]:
-        "The weight of each term, and `cosine`: the mean similarity of a hypergradient with the one before, which is that of another batch."
+        """The weight of each term; `cosine`, the mean similarity of a hypergradient with the one before, which is that of other batches;
+        and the fusion loss with equal weights at the start and the end, a mean over an eighth of the steps: how near the lower level has come to rest."""
         found = self.run()
-        return found.beta | {"cosine": found.history.cosine.mean()}
+        level, few = found.history[[f"value_{name}" for name in TERMS]].mean(axis=1), max(len(found.history) // 8, 1)
+        return found.beta | {"cosine": found.history.cosine.mean(), "loss_start": level.head(few).mean(), "loss_end": level.tail(few).mean()}
 
     def provenance(self) -> dict[str, str]:
         "Where the weights come from."

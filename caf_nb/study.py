@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRIC', 'CLAIMS', 'ALONGSIDE', 'Verdict', 'Found', 'Comparison', 'Claim', 'needed', 'run_seed', 'run_study',
            'Effect', 'effect', 'verdict', 'points', 'compare_rows', 'judge_claims', 'weights', 'moved_share',
-           'task_distance', 'plot_effects', 'plot_weights', 'plot_rows']
+           'task_distance', 'protocol', 'diagnose', 'say', 'plot_effects', 'plot_weights', 'plot_rows']
 
 # %% ../nbs/09d_study.ipynb #99a746b5
 import math
@@ -178,6 +178,50 @@ def task_distance(betas: pd.DataFrame,  # of `weights`
         between = np.mean([apart((a, seed), (b, seed)) for a, b in combinations(tasks, 2)])
         differences.append(between - np.mean([apart((t, seed), (t, other)) for t in tasks for other in seeds if other != seed]))
     return effect(differences)
+
+# %% ../nbs/09d_study.ipynb #ce517d14
+def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIMS) -> str: # Markdown
+    "What a study does, from its settings."
+    p, where = setup.profile, "published" if setup.profile.data.source == "published" else "embedded"
+    steps = math.ceil(p.data.train / p.search.batch_size) * p.search.epochs if p.data.train else None
+    start = "published weights" if p.detector.pretrained else "random weights"
+    if p.pretraining:
+        start = (f"a pretraining on {p.pretraining.data.train} scenes that nothing else sees ({p.pretraining.epochs} epochs of the detector, {p.pretraining.steps} steps of the segmenter), "
+                 "each shown as infrared, visible or mean image in turn; it is one for all seeds and stands in for COCO and ImageNet")
+    lines = [f"Data: {where} scenes of {p.data.size} pixels" + (f", {p.data.train} for training, {p.data.val} for validation, {p.data.test} for the test, other ones for every seed" if p.data.train else ""),
+             f"Seeds: {', '.join(map(str, seeds))}. A seed decides the scenes, the starts and the order of all batches",
+             f"Task networks: {p.detector.model} and SegFormer {p.segmenter.model}, which start from {start}",
+             f"Search: {f'{steps} steps' if steps else f'{p.search.epochs} epochs'} with batches of {p.search.batch_size}, on training and validation split; VGG of the perceptual terms: {p.vgg}",
+             f"Training of a fusion network: {p.fusion.epochs} epochs from random weights, the same for every row",
+             f"Judgement: {p.detector.epochs} epochs of fine-tuning for the detector, {p.segmenter.steps} steps for the segmenter, on pictures of the row; scores of the last epoch on the test split, looked at once",
+             "Verdict: the 95 % interval (Student's t) of the differences within a seed. Supported if it lies above zero, for \"no worse\" above minus "
+             f"{max(c.margin for claim in claims for c in claim.comparisons):g} point; contradicted if it lies below; else undecided. Fewer than three seeds decide nothing"]
+    return "\n".join(f"- {line}." for line in lines)
+
+def diagnose(found: Found) -> pd.DataFrame: # index question; a column a task
+    "Could the search have worked? Its parts, in the order in which one looks for a cause."
+    betas, columns = weights(found), {}
+    for task, home in HOME.items():
+        cells = [value.scores for (kind, t, _), value in found.items() if (kind, t) == ("search", task)]
+        learned = [v for row in {r for d, r, _ in found if d == home} for v in points(found, home, row).values()]
+        moved = [100 * moved_share(row, [1 / len(TERMS)] * len(TERMS)) for row in betas.loc[task].to_numpy()]
+        twins = [100 * moved_share(a, b) for a, b in combinations(betas.loc[task].to_numpy(), 2)]
+        def span(values, digits=0): return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "one seed"
+        columns[task] = {f"Does the task network learn? ({' / '.join(METRIC.values())} over all rows, %)": span(learned),
+                         "Is the hypergradient above its noise? (mean cosine from one batch to the next)": span([c["cosine"] for c in cells], 2),
+                         "Does beta move? (share of the weight moved from equal, %)": span(moved),
+                         "Do seeds agree? (share by which two seeds differ, %)": span(twins),
+                         "Has the lower level come to rest? (equal-weight loss at the end, % of that at the start)": span([100 * c["loss_end"] / c["loss_start"] for c in cells]),
+                         "What do the perceptual terms weigh? (n and o together, %)": span((100 * betas.loc[task][list(TERMS[-2:])].sum(axis=1)).tolist())}
+    return pd.DataFrame(columns).rename_axis("question")
+
+def say(compared: pd.DataFrame, claims: pd.DataFrame, seeds: int) -> str: # Markdown
+    "The verdicts as sentences."
+    def line(c): return f"{c.row} against {c.against} ({c.metric}) {c.effect:+.1f}" + (f" [{c.low:+.1f}, {c.high:+.1f}]" if math.isfinite(c.low) else "")
+    said = [f"**{name}, {r.verdict}.** {r.sentence} Difference in points" + (" and 95 % interval" if seeds > 1 else "") + ": "
+            + "; ".join(line(c) for c in compared[compared.claim == name].itertuples()) + "." for name, r in claims.iterrows()]
+    few = ["With fewer than three seeds nothing is decided; the differences show that the chain runs."] if seeds < 3 else []
+    return "\n\n".join(few + said)
 
 # %% ../nbs/09d_study.ipynb #feb0e12f
 _TASK_COLOURS = {"detection": "#0173b2", "segmentation": "#de8f05"}
