@@ -118,6 +118,8 @@ class FusionSettings(_Settings):
     epochs: int
     batch_size: int
     lr: float = 1e-4           # Adam
+    accumulate: int = Field(1, ge=1) # parts in which a batch is computed, where a whole one does not fit into memory
+    patience: int = Field(0, ge=0)   # epochs without a lower mean loss after which it stops; 0: never
 
 class DetectorSettings(_Settings):
     "Fine-tuning the detector on fused images."
@@ -126,6 +128,7 @@ class DetectorSettings(_Settings):
     batch_size: int
     nominal_batch: int         # the optimiser steps after so many images; YOLOv5's recipe: 64
     pretrained: bool           # COCO weights needed
+    patience: int = Field(0, ge=0) # epochs without a better score on val after which it stops; 0: never
 
 class SegmenterSettings(_Settings):
     "Fine-tuning the segmenter on fused images."
@@ -134,6 +137,8 @@ class SegmenterSettings(_Settings):
     batch_size: int
     lr: float = 6e-5           # AdamW
     pretrained: bool           # ImageNet weights needed
+    accumulate: int = Field(1, ge=1) # parts in which a batch is computed, where a whole one does not fit into memory
+    patience: int = Field(0, ge=0)   # passes over the images without a lower mean loss after which it stops; 0: never
 
 class PretrainSettings(_Settings):
     "What stands in for COCO and ImageNet weights: a training on embedded scenes that no other stage sees."

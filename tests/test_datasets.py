@@ -469,7 +469,7 @@ def test_prepared_parts_can_be_loaded(trees, tmp_path):
 
 def test_the_detector_reads_a_prepared_folder(trees, tmp_path):
     "The classes and parts of data.yaml are those that training expects."
-    from caf_nb.train import _check_split
+    from caf_nb.detector_training import _check_split
     made = prepare("m3fd", trees / "m3fd", tmp_path, ratio=(2, 1, 1), n=10, size=32, progress=False)
     for part in DISJOINT: _check_split(made.yolo["vi"], part, M3FD_CLASSES)
 
