@@ -118,6 +118,7 @@ class FusionSettings(_Settings):
     epochs: int
     batch_size: int
     lr: float = 1e-4           # Adam
+    crop: int | None = Field(None, ge=1) # side of the random square cut from each scene, in pixels; None: the whole scene
     accumulate: int = Field(1, ge=1) # parts in which a batch is computed, where a whole one does not fit into memory
     patience: int = Field(0, ge=0)   # epochs without a lower mean loss after which it stops; 0: never
 
@@ -178,17 +179,17 @@ _ABLATION = ("umfusion", "umfusion_p", "reconet", "reconet_p", "u2fusion", "u2fu
 
 PROFILES = {p.name: p for p in (
     Profile(name="smoke", note="wiring only: these numbers show that the code runs, and nothing else",
-            data=DataSettings(source="embedded", size=96, train=32, val=8, test=24),
+            data=DataSettings(source="embedded", size=64, train=16, val=8, test=12),
             search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3, lr_task=1e-3),
-            fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
+            fusion=FusionSettings(epochs=2, batch_size=4, lr=1e-3),
             detector=DetectorSettings(model="yolov5n", epochs=3, batch_size=4, nominal_batch=4, pretrained=False),
             segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
             vgg="random", seeds=(0,), home="out", confidence=0.01,
             methods=("ir", "vi", "caf"), ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("umfusion", "reconet", "u2fusion")),
     Profile(name="mini", note="trends on embedded scenes, not the paper's data",
             data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
-            search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3),
-            fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3),
+            search=SearchSettings(epochs=1, batch_size=4, lr_alpha=0.1, lr_fusion=1e-3),
+            fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3, crop=64),
             detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
             segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, pretrained=False),
             vgg="random", pretraining=PretrainSettings(data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600),

@@ -42,7 +42,7 @@ def caf_recipe(space: Callable,          # LossSpace
                settings: FusionSettings, # epochs, batch size, learning rate of Adam
 ) -> Recipe:
     "The paper's training, for any network."
-    return Recipe(partial(FixedLoss, space, beta), partial(torch.optim.Adam, lr=settings.lr), settings.epochs, settings.batch_size)
+    return Recipe(partial(FixedLoss, space, beta), partial(torch.optim.Adam, lr=settings.lr), settings.epochs, settings.batch_size, settings.crop)
 
 # %% ../nbs/07a_fusion_training.ipynb #a298148a
 def _cropped(ir: Tensor,       # (B,1,H,W)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FOLDERS', 'SPLITS', 'CLASSES', 'find_root', 'fingerprint', 'read_part', 'squared', 'PublishedScenes', 'Data',
            'BlockData', 'fusion_blocks', 'Held', 'held', 'Pretrained', 'detector_weights', 'segmenter_weights',
-           'vgg_weights']
+           'deeplab_weights', 'vgg_weights']
 
 # %% ../nbs/09a_inputs.ipynb #b7f9cbab
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -116,6 +117,7 @@ class Data(BaseModel):
     "Labelled scenes in three splits."
     model_config = ConfigDict(extra="forbid", frozen=True)
     _exclude_from_cls_uid: ClassVar = ("root", "split_file") # a stage's name knows what was read, by `files`
+    kind: Literal["scenes"] = "scenes"
     name: Literal["m3fd", "multispectral", "mfnet"]
     settings: DataSettings
     seed: int = 0        # of the embedded scenes; the published ones are always the same
@@ -176,6 +178,7 @@ class BlockData(BaseModel):
     "Blocks of several published sets, without labels, for the fusion network."
     model_config = ConfigDict(extra="forbid", frozen=True)
     _exclude_from_cls_uid: ClassVar = ("root", "split_file")
+    kind: Literal["blocks"] = "blocks"
     sets: tuple[str, ...] = ("m3fd", "tno", "roadscene")
     blocks: int = Field(ge=1)      # of all sets together
     block_size: int = Field(ge=16) # side in pixels
@@ -231,8 +234,11 @@ class Held(Sequence):
 def held(scenes: Sequence[Scene],  # of a split
          room: int = 4 * 2 ** 30,  # bytes, for published scenes
 ) -> Sequence[Scene]:
-    "Scenes for many epochs: embedded ones as a list, which is small, published ones as `Held`."
-    return list(scenes) if isinstance(scenes, SynthScenes) else Held(scenes, room)
+    "Scenes for many epochs: embedded ones as a list, which is small and drawn once in a process, published ones as `Held`."
+    return _drawn(len(scenes), scenes.size, scenes.seed, scenes.task) if isinstance(scenes, SynthScenes) else Held(scenes, room)
+
+@lru_cache(maxsize=6)
+def _drawn(n: int, size: tuple[int, int], seed: int, task: str) -> list[Scene]: return list(SynthScenes(n, size, seed, task))
 
 # %% ../nbs/09a_inputs.ipynb #b568d423
 class Pretrained(NamedTuple):
@@ -250,11 +256,15 @@ class Pretrained(NamedTuple):
 
 def detector_weights(model: str) -> Pretrained:
     "COCO weights of a detector. The u in the name says: as ultralytics trained it, with the anchor-free head that this library uses."
-    return Pretrained(f"COCO weights of {model}", f"{model}u.pt", f"https://github.com/ultralytics/assets/releases/download/v8.3.0/{model}u.pt")
+    return Pretrained(f"COCO weights of {model}", f"{model}u.pt", "https://github.com/ultralytics/assets/releases")
 
 def segmenter_weights(model: str) -> Pretrained:
     "ImageNet weights of a SegFormer encoder: a folder with config.json."
-    return Pretrained(f"ImageNet weights of SegFormer {model}", f"mit[-_]{model}", f"https://huggingface.co/nvidia/mit-{model}")
+    return Pretrained(f"ImageNet weights of SegFormer {model}", f"mit-{model}", f"https://huggingface.co/nvidia/mit-{model}")
+
+def deeplab_weights() -> Pretrained:
+    "Cityscapes weights of DeepLabV3+ in the common implementation, with whichever backbone."
+    return Pretrained("Cityscapes weights of DeepLabV3+", "best_deeplabv3plus_*_cityscapes_os16.pth", "https://github.com/VainF/DeepLabV3Plus-Pytorch")
 
 def vgg_weights() -> Pretrained:
     "ImageNet weights of VGG-16, in `weights_root` or where torchvision keeps them."

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .core import CafError, DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings, device, seeded
 from .data import Scene, luma, read_image, recolor_uint8, to_uint8
 from .fusion import fuse, load_fusion
-from .inputs import SPLITS, Data
+from .inputs import SPLITS, BlockData, Data, held
 from .joint import train_joint
 from .losses import TERMS, LossSpace, Variant, load_vgg
 from .metrics import measure
@@ -59,7 +59,7 @@ Picture = Callable[[str, str, Scene], Tensor]  # (data set, split or "", scene) 
 
 def _write_split(folder: Path, data: Data, split: str, picture: Picture) -> None:
     "One split as pictures and labels, in the layout that the task's trainer reads."
-    scenes = list(data.split(split))
+    scenes = held(data.whole(split), room=0)
     images, stems = [picture(data.name, split, s) for s in scenes], [s.stem for s in scenes]
     if data.name == "mfnet": write_mask_folder(folder, split, images, [s.mask for s in scenes], stems)
     else: write_yolo_folder(folder, split, images, [s.boxes for s in scenes], stems, data.classes)
@@ -102,8 +102,9 @@ def _judge(data: Data, detector: DetectorSettings | None, segmenter: SegmenterSe
 
 def _finetune(task: Detector | Segmenter, pictures: Path, settings: DetectorSettings | SegmenterSettings, size: int, out: Path, seed: int) -> DetectorResult | SegmenterResult:
     "Let the task's own trainer and validator work on a folder of pictures."
-    if isinstance(task, Detector): return finetune_detector(task, pictures, settings, size, out, seed)
-    return finetune_segmenter(task.to(device()), MaskFolder(pictures, "train"), MaskFolder(pictures, "test"), settings, out, seed)
+    state = out.with_name(f"{out.name}_state")
+    if isinstance(task, Detector): return finetune_detector(task, pictures, settings, size, out, seed, folder=state)
+    return finetune_segmenter(task.to(device()), MaskFolder(pictures, "train"), MaskFolder(pictures, "test"), settings, out, seed, folder=state)
 
 # %% ../nbs/09_stages.ipynb #10741e07
 class Searched(NamedTuple):
@@ -132,7 +133,7 @@ class Search(BaseModel):
         start, vgg, where = time.perf_counter(), load_vgg(self.vgg), device()
         task = _judge(self.data, self.detector, self.segmenter, self.start, self.seed)
         found = search(_untrained(self.network, self.seed).to(where), task.to(where), LossSpace(self.variant, vgg).to(where),
-                       list(self.data.split("train")), list(self.data.split("val")), self.settings, self.seed,
+                       held(self.data.split("train")), held(self.data.split("val")), self.settings, self.seed,
                        folder=_folder(self.infra, "search") if self.infra.folder else None, save_every=10)
         about = {"loss": f"searched, variant {self.variant}, {len(found.history)} steps of {self.network}", "VGG of terms n, o": vgg.pretrained,
                  "task network of the search": f"{task.model} from {task.provenance}", "search seconds": f"{time.perf_counter() - start:.0f}"}
@@ -192,7 +193,7 @@ class TrainFusion(BaseModel):
     "Train a fusion network with searched or given weights, or as its authors did."
     model_config = ConfigDict(extra="forbid")
     kind: Literal["trained"] = "trained"
-    data: Data
+    data: Data | BlockData = Field(discriminator="kind")
     loss: Search | Weighted | Published = Field(discriminator="kind")
     settings: FusionSettings | None = None        # None with a published loss, which has its own
     network: str = "caf"                          # a method
@@ -215,8 +216,9 @@ class TrainFusion(BaseModel):
     @infra.apply
     def run(self) -> Trained:
         (recipe, about), net = self.recipe(), _untrained(self.network, self.seed).to(device())
-        history = train_fusion(net, list(self.data.split("train")), recipe, self.seed)
-        made = f"{self.network} from random (seed {self.seed}), {len(history.losses)} steps on {self.data.settings.source} {self.data.name}"
+        known = {"accumulate": self.settings.accumulate, "patience": self.settings.patience} if self.settings else {}
+        history = train_fusion(net, held(self.data.split("train")), recipe, self.seed, folder=_folder(self.infra, "training") if self.infra.folder else None, **known)
+        made = f"{self.network} from random (seed {self.seed}), {len(history.losses)} steps on {self.data.title}"
         return Trained(_on_cpu(net), history.losses, about | {"fusion network": made, "fusion seconds": f"{history.seconds:.0f}"})
 
     def fusion(self) -> nn.Module:
@@ -262,7 +264,7 @@ class TrainJoint(BaseModel):
         found, space, where = self.loss.run(), LossSpace(self.loss.variant, load_vgg(self.loss.vgg)), device()
         net, task = _untrained(self.network, self.seed).to(where), _judge(self.data, self.detector, self.segmenter, self.start, self.seed).to(where)
         beta = torch.tensor([found.beta[name] for name in TERMS])
-        history = train_joint(net, task, space.to(where), beta, list(self.data.split("train")), self.settings, self.weight, self.lr_task, self.seed)
+        history = train_joint(net, task, space.to(where), beta, held(self.data.split("train")), self.settings, self.weight, self.lr_task, self.seed)
         made = f"{self.network} from random (seed {self.seed}) jointly with {task.model} from {task.provenance}, task loss times {self.weight:g}, {len(history.losses)} steps"
         return Trained(_on_cpu(net), history.losses, found.provenance | {"fusion network": made, "fusion seconds": f"{history.seconds:.0f}"})
 
@@ -339,7 +341,7 @@ class Results(BaseModel):
 
     def check(self, data: Data) -> None:
         "Raises `CafError` if pictures are missing, or serve two scenes."
-        wanted = [self.file(data.name, scene.stem, split) for split in SPLITS for scene in data.split(split)]
+        wanted = [self.file(data.name, stem, split) for split in SPLITS for stem in data.stems(split)]
         missing, twice = [f for f in wanted if not f.is_file()], [f.name for f, n in Counter(wanted).items() if n > 1]
         folder = Path(self.root)/self.method/data.name
         if missing:
@@ -387,7 +389,7 @@ class FinetuneDetector(BaseModel):
     def run(self) -> DetectorResult:
         pictures, data = self.fused.run(), self.fused.data
         task = _judge(data, self.settings, None, self.start, self.seed)
-        return _finetune(task, pictures, self.settings, data.settings.size, _folder(self.infra, "detector"), self.seed)
+        return _finetune(task, pictures, self.settings, data.settings.task_size or data.settings.size, _folder(self.infra, "detector"), self.seed)
 
     def provenance(self) -> dict[str, str]:
         "Where the scores come from."
@@ -435,7 +437,7 @@ class MeasureFusion(BaseModel):
     def run(self) -> dict[str, float]:
         "The mean of each metric."
         folder, rows = self.fused.run()/"images"/"test", []
-        for scene in self.fused.data.split("test"):
+        for scene in self.fused.data.whole("test"):
             fused = luma(read_image(folder/f"{scene.stem}.png"))
             rows.append({name: measure(name, fused, scene.ir, luma(scene.vi)).item() for name in self.metrics})
         return pd.DataFrame(rows).mean().to_dict()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Beta', 'Task', 'TASKS', 'HOME', 'APART', 'OTHER', 'Stages', 'average_weights', 'random_weights',
-           'hand_crafted_weights', 'Setup', 'known', 'published_start', 'check', 'table1', 'table2', 'table3', 'Cell',
-           'read_cell', 'cell', 'cells', 'provenance', 'scores', 'configurations']
+           'hand_crafted_weights', 'Setup', 'known', 'check', 'table1', 'table2', 'table3', 'Cell', 'read_cell', 'cell',
+           'cells', 'provenance', 'scores', 'configurations']
 
 # %% ../nbs/09c_tables.ipynb #189d8bc0
 import math
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .core import CafError, Profile, environment, replacing
 from .fusion import find_weights
 from .gallery import brought, weights_file
-from .inputs import Data
+from .inputs import Data, detector_weights, fusion_blocks, segmenter_weights
 from .losses import TERMS, load_vgg
 from .stages import (FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results, Search, TrainFusion,
                            TrainJoint, Weighted, Weights)
@@ -67,7 +67,7 @@ class Setup(BaseModel):
 
     def data(self, name: str) -> Data:
         "One of the labelled data sets, in the size of the profile."
-        return Data(name=name, settings=self.profile.data, seed=self.seed)
+        return Data.of(name, self.profile.data, self.data_root, self.seed)
 
     def judge(self, task: Task) -> dict[str, Any]:
         "The settings of the task network, as the stages take them."
@@ -76,7 +76,9 @@ class Setup(BaseModel):
     def start(self, task: Task) -> Pretrain | Weights | None:
         "Where the task network comes from. The pretraining is one for all seeds, as COCO and ImageNet are."
         about, school = next(iter(self.judge(task).values())), self.profile.pretraining
-        if about.pretrained: return Weights(file=str(published_start(self.weights_root, task, about.model)))
+        if about.pretrained:
+            published = (detector_weights if task == "detection" else segmenter_weights)(about.model)
+            return Weights(file=str(published.find(self.weights_root) or Path(self.weights_root)/published.pattern))
         if school is None: return None
         longer = {"detector": {"epochs": school.epochs}, "segmenter": {"steps": school.steps}}
         settings = {name: value.model_copy(update=longer[name]) for name, value in self.judge(task).items()}
@@ -90,7 +92,8 @@ class Setup(BaseModel):
     def train(self, task: Task, loss: Search | Weighted | Published, network: str = "caf") -> TrainFusion:
         "Train a network with a loss."
         settings = None if isinstance(loss, Published) else self.profile.fusion
-        return TrainFusion(data=self.data(HOME[task]), loss=loss, settings=settings, network=network, seed=self.seed, infra=self.infra)
+        data = self.data(HOME[task])
+        return TrainFusion(data=fusion_blocks(data) or data, loss=loss, settings=settings, network=network, seed=self.seed, infra=self.infra)
 
     def model(self, task: Task, row: str) -> TrainFusion | TrainJoint | Method | Results:
         "How a row fuses. Raises `CafError` on an unknown one."
@@ -127,10 +130,6 @@ def known(network: str) -> str:
     "The name itself. Raises `CafError` if there is no such method."
     find_method(network)
     return network
-
-def published_start(root: str | Path, task: Task, model: str) -> Path:
-    "Where published weights of a task network are expected: ROOT/yolov5su.pt (COCO), ROOT/mit-b1 (ImageNet)."
-    return Path(root)/(f"{model}u.pt" if task == "detection" else f"mit-{model}")
 
 # %% ../nbs/09c_tables.ipynb #fa79728e
 def check(setup: Setup, rows: Sequence[str]) -> None:
