@@ -27,10 +27,11 @@ socket.socket = Refused
 
 TRAIN = """
 import pathlib, tempfile
+import torch
 from caf_nb.core import Profile
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
 from caf_nb.synth import SynthScenes
-from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
+from caf_nb.tasks import DeepLab, Detector, Segmenter, contained_ultralytics
 from caf_nb.train import finetune_detector, finetune_segmenter, write_yolo_folder
 
 with contained_ultralytics():
@@ -50,6 +51,10 @@ pairs = [(s.vi, s.mask) for s in scenes]
 steps = smoke.segmenter.model_copy(update={"steps": 2})
 result = finetune_segmenter(Segmenter(MFNET_CLASSES), pairs, pairs, steps, root/"segmenter", progress=False)
 Segmenter(MFNET_CLASSES, weights=result.checkpoint)
+
+deeplab = DeepLab(seed=1)
+torch.save({"model_state": deeplab.net.state_dict()}, root/"deeplab.pth")
+DeepLab(root/"deeplab.pth").predict(scenes[0].vi[None])
 assert not attempts, attempts
 print("trained without the network")
 """
@@ -58,14 +63,14 @@ HIDE = """
 import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ultralytics", "transformers"): raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+        if name.split(".")[0] in ("ultralytics", "transformers", "segmentation_models_pytorch"): raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
 sys.meta_path.insert(0, Hidden())
 """
 
 WITHOUT = """
 import caf_nb.tasks, caf_nb.train
 from caf_nb.core import CafError
-for build in (caf_nb.tasks.Detector, caf_nb.tasks.Segmenter):
+for build in (caf_nb.tasks.Detector, caf_nb.tasks.Segmenter, lambda classes: caf_nb.tasks.DeepLab(classes=classes)):
     try: build(("a", "b"))
     except CafError as error: assert 'pip install "caf_nb[tasks]"' in str(error), error
     else: raise AssertionError("built without its library")

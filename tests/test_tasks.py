@@ -3,6 +3,10 @@
 import math
 import os
 import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,3 +296,171 @@ def test_ultralytics_stays_in_its_room():
 
         ultralytics.utils.torch_utils.init_seeds(5, deterministic=True)
     assert process_state() == before
+
+
+# Published starts
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    "A file that ultralytics writes at the end of a training on the 80 classes of COCO, in half precision."
+    import yaml
+
+    from caf_nb.tasks import _detection_network
+
+    file = tmp_path_factory.mktemp("coco") / "yolov5nu.pt"
+    with contained_ultralytics():
+        import ultralytics
+        from ultralytics.utils.torch_utils import strip_optimizer
+
+        names = yaml.safe_load((Path(ultralytics.__file__).parent / "cfg/datasets/coco.yaml").read_text())["names"]
+        net = _detection_network("yolov5n", tuple(names.values()), seed=5)
+        torch.save({"epoch": 3, "best_fitness": None, "model": None, "ema": net, "optimizer": {"state": {}}, "train_args": {"imgsz": 640}}, file)
+        strip_optimizer(file)
+    return file, net.half().float(), list(names.values())
+
+
+def test_a_detector_starts_from_coco(coco, tmp_path):
+    file, theirs, names = coco
+    torch.manual_seed(1)
+    start = Detector(M3FD_CLASSES, weights=file)
+    assert start.provenance == "yolov5nu.pt (COCO, by its name; People, Lamp: random, seed 0)"
+    body = {name: t for name, t in theirs.state_dict().items() if not name.startswith("model.24.cv3.")}
+    own = start.net.state_dict()
+    assert len(body) > 300 and all(torch.equal(own[name], t) for name, t in body.items())
+    for ours, rows in zip(start.net.model[-1].cv3, theirs.model[-1].cv3):
+        for name in ("Car", "Bus", "Motorcycle", "Truck"):
+            assert torch.equal(ours[-1].weight[M3FD_CLASSES.index(name)], rows[-1].weight[names.index(name.lower())])
+    torch.manual_seed(2)
+    assert same(Detector(M3FD_CLASSES, weights=file), start) and not same(Detector(M3FD_CLASSES, weights=file, seed=1), start)
+    assert start.loss(noise(1, 3, SIZE, SIZE), [BOXES]).isfinite()
+
+    torch.save({"model": start.net}, tmp_path / "again.pt")  # the head is as wide as that of COCO, and comes back so
+    again = Detector(M3FD_CLASSES, weights=tmp_path / "again.pt")
+    assert again.provenance == "again.pt" and same(again, start)
+
+
+def test_a_broken_file_in_the_current_folder_is_neither_deleted_nor_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "yolov5nu.pt").write_bytes(b"broken")
+    with pytest.raises(CafError, match="cannot be read as weights"):
+        Detector(M3FD_CLASSES, weights="yolov5nu.pt")
+    assert (tmp_path / "yolov5nu.pt").read_bytes() == b"broken"
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_segmenter_starts_from_an_imagenet_encoder(tmp_path, pickled, half):
+    import transformers
+
+    from caf_nb.tasks import SEGMENTERS
+
+    encoder = transformers.SegformerForImageClassification(transformers.SegformerConfig(num_labels=1000, **SEGMENTERS["b0"]))
+    encoder = encoder.half() if half else encoder
+    encoder.save_pretrained(tmp_path / "mit-b0")
+    if pickled:  # as the hub has it
+        (tmp_path / "mit-b0/model.safetensors").unlink()
+        torch.save(encoder.state_dict(), tmp_path / "mit-b0/pytorch_model.bin")
+    torch.manual_seed(1)
+    start = Segmenter(MFNET_CLASSES, "b0", weights=tmp_path / "mit-b0")
+    assert start.provenance == "mit-b0 (ImageNet, by its name; encoder only; decoder random, seed 0)"
+    theirs = encoder.float().segformer.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in start.net.segformer.state_dict().items())
+    assert {p.dtype for p in start.parameters()} == {torch.float32}
+    torch.manual_seed(2)
+    assert same(Segmenter(MFNET_CLASSES, "b0", weights=tmp_path / "mit-b0"), start)
+    assert not same(Segmenter(MFNET_CLASSES, "b0", weights=tmp_path / "mit-b0", seed=1), start)
+    with pytest.raises(CafError, match="cannot be loaded into SegFormer b1"):
+        Segmenter(MFNET_CLASSES, "b1", weights=tmp_path / "mit-b0")
+
+
+# The original YOLOv5, where it is installed
+
+
+@pytest.fixture(scope="module")
+def original():
+    pytest.importorskip("yolov5", reason='optional: pip install --no-deps yolov5 "setuptools<81"')
+    from caf_nb.anchors import AnchorDetector
+
+    return AnchorDetector
+
+
+def test_the_original_stays_in_its_room():
+    pytest.importorskip("yolov5", reason='optional: pip install --no-deps yolov5 "setuptools<81"')
+    code = """
+import logging, os, sys, pathlib, matplotlib, pandas as pd, numpy as np, torch
+def state():
+    return (dict(os.environ), list(sys.path), matplotlib.get_backend(), dict(matplotlib.rcParams), pd.get_option("display.max_columns"), str(np.get_printoptions()),
+            str(torch._tensor_str.PRINT_OPTS), torch.get_num_threads(), torch.get_rng_state().tolist(), logging.getLogger().level)
+import caf_nb.anchors
+before = state()
+detector = caf_nb.anchors.AnchorDetector(("a", "b"))
+after = state()
+assert after == before, [i for i, (a, b) in enumerate(zip(after, before)) if a != b]
+assert not [p for p in pathlib.Path.home().rglob("*") if "ltralytics" in p.name]
+"""
+    with tempfile.TemporaryDirectory() as home:
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"HOME": home}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_original_is_a_task(original, training):
+    detector = original(M3FD_CLASSES).train(training)
+    assert isinstance(detector, Task)
+    images = noise(2, 3, 50, 70).requires_grad_()
+    loss = detector.loss(images, [BOXES, BOXES[:1]])
+    (gradient,) = torch.autograd.grad(loss, images)
+    assert loss.ndim == 0 and gradient.isfinite().all() and (gradient.flatten(1).abs().sum(1) > 0).all()
+    assert detector.loss(images, [BOXES[:0]] * 2).isfinite()
+    losses = [detector.eval().loss(images[:1].repeat(n, 1, 1, 1), [BOXES] * n).item() for n in (1, 2, 4)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_original_loss_is_what_the_formula_says(original):
+    "No object: only objectness is left, 4, 1 and 0.4 times the mean cross-entropy of the three maps, and it grows with the square of the size."
+    detector, image = original(M3FD_CLASSES).eval(), noise(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        maps = detector.net(image)[1]
+        parts = [torch.nn.functional.softplus(m[..., 4]).mean().item() for m in maps]
+        expected = (SIZE / 640) ** 2 * sum(w * part for w, part in zip((4, 1, 0.4), parts))
+        assert detector.loss(image, [BOXES[:0]]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_on_the_original_loss_lowers_it(original):
+    task, image, losses = original(M3FD_CLASSES), noise(1, 3, SIZE, SIZE), []
+    optimizer = torch.optim.Adam(task.parameters(), 1e-3)
+    for _ in range(4):
+        losses.append(task.loss(image, [BOXES]))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_weights_of_the_original(original, tmp_path):
+    theirs = original(tuple(f"class {i}" for i in range(80)), seed=5)
+    torch.save({"epoch": -1, "best_fitness": np.array([0.5]), "model": theirs.net.half(), "ema": None, "optimizer": None, "date": "2022-01-01"},
+               tmp_path / "yolov5n.pt")  # fmt: skip
+    theirs.net.float()
+    torch.manual_seed(1)
+    start = original(M3FD_CLASSES, weights=tmp_path / "yolov5n.pt")
+    assert start.provenance == "yolov5n.pt (COCO, by its name; head random, seed 0)"
+    head = {name for name in start.net.state_dict() if name.startswith("model.24.m.")}
+    own = start.net.state_dict()
+    assert len(head) == 6 and all(torch.equal(own[name], t) for name, t in theirs.net.state_dict().items() if name not in head)
+    torch.manual_seed(2)
+    assert same(original(M3FD_CLASSES, weights=tmp_path / "yolov5n.pt"), start)
+
+    torch.save({"ema": start.net, "model": None}, tmp_path / "mine.pt")
+    again = original(M3FD_CLASSES, weights=tmp_path / "mine.pt")
+    assert again.provenance == "mine.pt" and same(again, start)
+    with pytest.raises(CafError, match="holds another network than yolov5s"):
+        original(M3FD_CLASSES, "yolov5s", weights=tmp_path / "mine.pt")
+    torch.save({"model": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(CafError, match="everything else in the pickle is refused"):
+        original(M3FD_CLASSES, weights=tmp_path / "evil.pt")
