@@ -197,7 +197,7 @@ class Detector(nn.Module):
     ) -> None:
         "Take over trained weights. Raises `CafError` if the file is missing, unreadable, or holds another network."
         with contained_ultralytics(): new = _load_detector(self.net, weights, self.model, self.seed)
-        notes = ["COCO, by its name"] * (Path(weights).name == f"{self.model}u.pt") + [f"{', '.join(new)}: random, seed {self.seed}"] * bool(new)
+        notes = ["COCO, by its name"] * (Path(weights).name == f"{self.model}u.pt") + [f"no {', '.join(new)} in it, seed {self.seed}"] * bool(new)
         self.provenance = Path(weights).name + (f" ({'; '.join(notes)})" if notes else "")
 
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32

@@ -328,7 +328,7 @@ def test_a_detector_starts_from_coco(coco, tmp_path):
     file, theirs, names = coco
     torch.manual_seed(1)
     start = Detector(M3FD_CLASSES, weights=file)
-    assert start.provenance == "yolov5nu.pt (COCO, by its name; People, Lamp: random, seed 0)"
+    assert start.provenance == "yolov5nu.pt (COCO, by its name; no People, Lamp in it, seed 0)"
     body = {name: t for name, t in theirs.state_dict().items() if not name.startswith("model.24.cv3.")}
     own = start.net.state_dict()
     assert len(body) > 300 and all(torch.equal(own[name], t) for name, t in body.items())
