@@ -157,7 +157,7 @@ class Profile(_Settings):
     fusion: FusionSettings
     detector: DetectorSettings
     segmenter: SegmenterSettings
-    vgg: Literal["random", "imagenet"]  # weights behind the perceptual terms n and o
+    vgg: Literal["random", "slim", "imagenet"] # behind the perceptual terms n and o, as `load_vgg` takes it
     pretraining: PretrainSettings | None = None # None: task networks start from published weights where they are needed, else from random ones
     seeds: tuple[int, ...] = (0, 1, 2, 3)  # of a study of claims
     methods: tuple[str, ...]            # rows of Tables 1 and 2, and of Figures 2 and 3
@@ -184,7 +184,7 @@ PROFILES = {p.name: p for p in (
             fusion=FusionSettings(epochs=2, batch_size=4, lr=1e-3),
             detector=DetectorSettings(model="yolov5n", epochs=3, batch_size=4, nominal_batch=4, pretrained=False),
             segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
-            vgg="random", seeds=(0,), home="out", confidence=0.01,
+            vgg="slim", seeds=(0,), home="out", confidence=0.01,
             methods=("ir", "vi", "caf"), ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("umfusion", "reconet", "u2fusion")),
     Profile(name="mini", note="trends on embedded scenes, not the paper's data",
             data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
@@ -192,7 +192,7 @@ PROFILES = {p.name: p for p in (
             fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3, crop=64),
             detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
             segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, pretrained=False),
-            vgg="random", pretraining=PretrainSettings(data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600),
+            vgg="slim", pretraining=PretrainSettings(data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600),
             methods=("ir", "vi", "umfusion", "reconet", "u2fusion", "caf"), ablation=_ABLATION, trained=("umfusion", "reconet", "u2fusion")),
     Profile(name="paper", note="the paper's settings (section 4.1)",
             data=DataSettings(source="published", size=320, task_size=640, blocks=1000), # 640: YOLOv5's own recipe

@@ -91,11 +91,13 @@ class Vgg(nn.Module):
         return maps
 
 # %% ../nbs/03_losses.ipynb #731020c4
-def _random_layers(seed: int) -> nn.Sequential:
+def _random_layers(seed: int,
+                   divide: int = 1, # of the channels one in so many is there
+) -> nn.Sequential:
     "VGG-16's convolutions with the initialisation that torchvision trains it from."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = make_layers(cfgs["D"], batch_norm=False)
+        layers = make_layers([v if v == "M" else v // divide for v in cfgs["D"]], batch_norm=False)
         for layer in layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -114,10 +116,11 @@ def _imagenet_state(file: Path | None) -> dict[str, Tensor]:
                        f"Put {weights.url} into {cache}, or pass its path as vgg=") from None
 
 # %% ../nbs/03_losses.ipynb #baeabb6f
-def load_vgg(weights: str | Path = "random", # "random", "imagenet", or a file in torchvision's format
+def load_vgg(weights: str | Path = "random", # "random", "slim" (random too, with a quarter of the channels), "imagenet", or a file in torchvision's format
              seed: int = 0,                  # of the random weights
 ) -> Vgg:
     "VGG-16 features. Raises `CafError` if trained weights are asked for and cannot be had."
+    if weights == "slim": return Vgg(_random_layers(seed, divide=4), f"random (seed {seed}), a quarter of the channels")
     layers = _random_layers(seed)
     if weights == "random": return Vgg(layers, f"random (seed {seed})")
     state = _imagenet_state(None if weights == "imagenet" else Path(weights))

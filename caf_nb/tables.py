@@ -144,7 +144,7 @@ def check(setup: Setup, rows: Sequence[str]) -> None:
     if setup.data_root or profile.data.source == "published": missing.append("a reader for the published data sets (this version has none)")
     for task in HOME:
         if isinstance(start := setup.start(task), Weights) and not Path(start.file).exists(): missing.append(f"weights of the task network ({start.file})")
-    if not missing and profile.vgg != "random": load_vgg(profile.vgg)
+    if not missing: load_vgg(profile.vgg)
     if missing:
         raise CafError(f"profile {profile.name}{f' with data_root {setup.data_root}' if setup.data_root else ''} lacks {' and '.join(missing)}",
                        remedy="Use profile smoke or mini without data_root: they run on embedded scenes; give weights_root or fused_root for methods")
