@@ -1,8 +1,12 @@
 # Two commands: `make demo` (install, run every paper notebook in profile smoke, end with a page) and `make test`.
+# `make report PROFILE=mini` runs the same notebooks at a scale that says something; PROFILE=paper DATA_ROOT=... on a CUDA machine asks before it starts (YES=1: it does not).
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= smoke
-OUT     ?= out/$(PROFILE)
+# of `make report`; each may be left out
+DATA_ROOT ?=
+WEIGHTS_ROOT ?=
+OUT ?=
 BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -11,10 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := demo
 
 demo: install
-	caf-report --profile smoke --out out/smoke
+	caf-report --profile smoke
 
 report: install
-	caf-report --profile $(PROFILE) --out $(OUT)
+	caf-report --profile $(PROFILE) $(if $(OUT),--out "$(OUT)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(WEIGHTS_ROOT),--weights-root "$(WEIGHTS_ROOT)") $(if $(YES),--yes) $(if $(FRESH),--fresh)
 
 # One thread a process, and a process a core: small tensors gain nothing from more threads and lose much by waiting for them.
 test: export OMP_NUM_THREADS := 1

@@ -108,21 +108,48 @@ def caf_eval(
         typer.echo(f"{frame.image.nunique() - lost} of {frame.image.nunique()} images measured in convention {convention}, written to {out}")
         if lost: raise typer.Exit(1)
 
-# %% ../nbs/11_cli.ipynb #68e1a29b
+# %% ../nbs/11_cli.ipynb #121666f2
 report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+def _look_first(name: str, out: str, inputs: tuple[str, str, str], yes: bool) -> None:
+    "Say what a run on published data needs and how long it takes, and ask. Raises `CafError` with all that is missing."
+    from caf_nb.core import Profile
+    from caf_nb.preflight import check, describe, estimate, require
+    from caf_nb.report import cache_folder
+    from caf_nb.tables import Setup, table1, table2, table3
+    profile, (data_root, weights_root, fused_root) = Profile.named(name), inputs
+    if profile.data.source != "published" and not data_root: return
+    needs = check(profile, *inputs, cache=cache_folder(out))
+    if any(need.state == "missing" for need in needs): typer.echo(describe(profile, needs))
+    require(needs)
+    setup = Setup(profile=profile, data_root=data_root, weights_root=weights_root, fused_root=fused_root, trained=profile.trained, cache=str(cache_folder(out)))
+    stages = [*table1(setup, profile.methods).values(), *table2(setup, profile.methods).values(), *table3(setup, profile.ablation).values()]
+    typer.echo(describe(profile, needs, estimate(stages)))
+    if not yes: typer.confirm("Start?", abort=True)
 
 @report_app.command()
 def caf_report(
     profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends) or paper.")] = "smoke",
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for tables, pictures and the page; default out/PROFILE.")] = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for tables, pictures and the page; default out/smoke, results/mini or results/paper.")] = "",
+    data_root: Annotated[str, typer.Option(metavar="DIR", help="The published data sets, a folder each; without it: embedded scenes.")] = "",
+    weights_root: Annotated[str, typer.Option(metavar="DIR", help="Weights of methods, METHOD/published file or METHOD.safetensors, and of task networks.")] = "",
+    fused_root: Annotated[str, typer.Option(metavar="DIR", help="Pictures fused elsewhere, METHOD/DATASET/STEM.png.")] = "",
     notebooks: Annotated[Path, typer.Option(metavar="DIR", help="Where the paper notebooks are.")] = Path("nbs"),
+    jobs: Annotated[int, typer.Option(min=0, help="Notebooks at a time; 0: one on a CUDA device, else two.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run also what has not changed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a run on published data.")] = False,
     version: _Version = False,
-):
-    "Run every paper notebook in a profile and render one page."
+) -> None:
+    """Run every paper notebook in a profile and render one page.
+
+    Exit code 0: all ran through. 1: some did not; their sections of the page say why. 2: the command line is wrong.
+    """
     with _plainly("caf-report"):
-        from caf_nb.report import build_report
-        page, ran = build_report(profile, out, notebooks)
-        failed = [r.name for r in ran if r.error]
-        typer.echo(f"{len(ran) - len(failed)} of {len(ran)} notebooks ran through. Tables and executed notebooks: {page.parent}")
+        from caf_nb.page import Inputs, build_report
+        inputs = Inputs(data_root, weights_root, fused_root).resolved()
+        _look_first(profile, out, inputs, yes)
+        page, ran = build_report(profile, out, notebooks, inputs, fresh, jobs or None)
+        failed, reused = [r.name for r in ran if r.error], [r.name for r in ran if r.reused]
+        typer.echo(f"{len(ran) - len(failed)} of {len(ran)} notebooks ran through, {len(reused)} of them before. Tables and executed notebooks: {page.parent}")
         typer.echo(f"Open in a browser: {page.as_uri()}")
         if failed: raise typer.Exit(1)

@@ -94,6 +94,7 @@ class SearchSettings(_Settings):
     "Algorithm 1: three optimisers that take turns. The defaults are the paper's."
     epochs: int = Field(ge=1)                # paper: 10
     batch_size: int = Field(ge=1)            # paper: 8
+    val_batch_size: int | None = Field(None, ge=1) # scenes of a step of beta: more of them make the hypergradient less noisy; None: batch_size
     lr_alpha: float = Field(5e-2, gt=0)      # Adam, paper section 4.1
     lr_fusion: float = Field(1e-4, gt=0)     # Adam; also the eta of the unrolled step
     lr_task: float = Field(1e-4, gt=0)       # Adam; the paper gives none
@@ -184,7 +185,7 @@ PROFILES = {p.name: p for p in (
             fusion=FusionSettings(epochs=2, batch_size=4, lr=1e-3),
             detector=DetectorSettings(model="yolov5n", epochs=3, batch_size=4, nominal_batch=4, pretrained=False),
             segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
-            vgg="slim", seeds=(0,), home="out", confidence=0.01,
+            vgg="slim", seeds=(0,), home="out", confidence=0.,
             methods=("ir", "vi", "caf"), ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("umfusion", "reconet", "u2fusion")),
     Profile(name="mini", note="trends on embedded scenes, not the paper's data",
             data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
@@ -205,7 +206,7 @@ PROFILES = {p.name: p for p in (
 
 # %% ../nbs/00_core.ipynb #736e8cb4
 _LIBRARIES = ("torch", "torchvision", "kornia", "torchmetrics", "ultralytics-opencv-headless", "ultralytics",
-              "transformers", "exca", "numpy")
+              "transformers", "segmentation-models-pytorch", "accelerate", "exca", "numpy")
 
 def _version(name: str) -> str | None:
     try: return metadata.version(name)
