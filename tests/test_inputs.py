@@ -223,11 +223,11 @@ def test_from_an_archive_to_a_score(data_root, tmp_path):
     shutil.copytree(data_root / "M3FD", archive / "M3FD")
 
     def chain(root):
-        of = Data.of("m3fd", DataSettings(source="embedded", size=64), root)
-        found = Search(data=of, settings=smoke.search, detector=smoke.detector, infra=cache)
-        trained = TrainFusion(data=of, loss=found, settings=smoke.fusion, infra=cache)
+        def data(): return Data.of("m3fd", DataSettings(source="embedded", size=64), root)
+        found = Search(data=data(), settings=smoke.search, detector=smoke.detector, infra=cache)
+        trained = TrainFusion(data=data(), loss=found, settings=smoke.fusion, infra=cache)
         judge = smoke.detector.model_copy(update={"epochs": 1})
-        return of, found, trained, FinetuneDetector(fused=FuseDataset(data=of, model=trained, infra=cache), settings=judge, infra=cache)
+        return data(), found, trained, FinetuneDetector(fused=FuseDataset(data=data(), model=trained, infra=cache), settings=judge, infra=cache)
 
     of, found, trained, scored = chain(archive)
     result = scored.run()
@@ -236,6 +236,7 @@ def test_from_an_archive_to_a_score(data_root, tmp_path):
     pictures = scored.fused.run()
     for which in SPLITS:
         assert sorted(p.stem for p in (pictures / "images" / which).iterdir()) == sorted(of.stems(which))
+        assert {Image.open(p).size for p in (pictures / "images" / which).iterdir()} == {SIZE[::-1]}  # as published, not squares
         for scene in of.whole(which):
             rows = [list(map(float, row.split())) for row in (pictures / "labels" / which / f"{scene.stem}.txt").read_text().splitlines()]
             assert rows == [pytest.approx(row, abs=1e-5) for row in scene.boxes.tolist()]

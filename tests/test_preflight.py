@@ -1,0 +1,163 @@
+"""What a large run needs: found where it is, named where it is not, and measured before it starts."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from published import TREES, write
+from safetensors.torch import save_file
+
+from caf_nb import preflight
+from caf_nb.core import CafError, DataSettings, DetectorSettings, FusionSettings, Profile
+from caf_nb.inputs import Data, fusion_blocks
+from caf_nb.preflight import Bench, Need, Tried, check, describe, estimate, plan, require, unfinished
+from caf_nb.zoo import build_network
+
+ROWS = ("ir", "vi", "reconet", "umfusion_p", "caf", "caf_a")
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_user(monkeypatch, tmp_path):
+    "Splits and weights that somebody has on this machine stay out of it."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    for name in ("m3fd", "mfnet", "multispectral", "tno", "roadscene"): TREES[name](tmp_path / "data" / name)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def small() -> Profile:
+    "The paper's profile with networks that are quickly written and read."
+    paper = Profile.named("paper")
+    return paper.model_copy(update={"detector": paper.detector.model_copy(update={"model": "yolov5n"}), "segmenter": paper.segmenter.model_copy(update={"model": "tiny"})})
+
+
+def states(needs: list[Need]) -> dict[str, str]: return {need.what: need.state for need in needs}
+
+
+def test_an_empty_machine_is_told_everything_at_once(tmp_path):
+    needs = check(Profile.named("paper"), tmp_path, tmp_path)
+    with pytest.raises(CafError) as error: require(needs)
+    told = str(error.value)
+    for word in ("M3FD", "Multispectral", "MFNet", "TNO", "RoadScene", "github.com/JinyuanLiu-CV/TarDAL", "yolov5su.pt", "mit-b1", "vgg16-397923af.pth", "DIDFuse", "SDNet", "UMFusion",
+                 "DeFusion", "ReCoNet", "U2Fusion", "github.com/dlut-dimt/ReCoNet"): assert word in told, word
+    assert all(need.remedy for need in needs if need.state != "there")
+    assert not {"caf", "ir", "vi"} & {need.what.lower() for need in needs}
+
+
+def test_data_are_there_if_they_can_be_read(small, data_root, tmp_path):
+    def look(): return {need.what.split()[0]: need for need in check(small, data_root, "", rows=()) if need.what[:3] in ("M3F", "MFN", "Mul", "TNO", "Roa")}
+    needs = look()
+    assert {name: need.state for name, need in needs.items()} == {"M3FD": "warning", "Multispectral": "warning", "MFNet": "warning", "TNO": "there", "RoadScene": "warning"}
+    assert needs["M3FD"].detail == f"8 pairs in {data_root / 'm3fd'}, of 4,200 published"
+    (data_root / "m3fd/Vis/00000.png").write_bytes(b"\x89PNG")                                   # the first picture is cut off
+    shutil.rmtree(data_root / "mfnet/labels")
+    write(data_root / "multispectral/Annotations_ConvertedSummarized/000001.xml", "<annotation")  # not the first one: caf-data check finds it
+    (data_root / "roadscene/cropinfrared").rename(data_root / "roadscene/infrared_cropped")
+    needs = look()
+    assert {name: need.state for name, need in needs.items()} == {"M3FD": "missing", "Multispectral": "warning", "MFNet": "missing", "TNO": "there", "RoadScene": "missing"}
+    assert "00000.png" in needs["M3FD"].detail and "images beside labels" in needs["MFNet"].detail
+
+
+@pytest.mark.slow
+def test_weights_are_there_if_they_load(small, tmp_path):
+    pytest.importorskip("ultralytics"), pytest.importorskip("transformers")
+    from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
+    from caf_nb.tasks import Detector, Segmenter
+    root = tmp_path / "weights"
+    root.mkdir()
+    torch.save({"model": Detector(M3FD_CLASSES, "yolov5n").net}, root / "yolov5nu.pt")
+    Segmenter(MFNET_CLASSES, "tiny").save(root / "mit-tiny")
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save({f"features.{name}": tensor for name, tensor in untrained_vgg().items()}, tmp_path / "hub/checkpoints/vgg16-397923af.pth")
+    save_file(build_network("reconet").state_dict(), root / "reconet.safetensors")
+    found = check(small, "", root, rows=ROWS)
+    assert {what: state for what, state in states(found).items() if "weights" in what or what == "ReCoNet"} == {
+        "COCO weights of yolov5n": "there", "ImageNet weights of SegFormer tiny": "there", "ImageNet weights of VGG-16": "there",
+        "Cityscapes weights of DeepLabV3+": "warning", "ReCoNet": "there"}
+    save_file(build_network("umfusion").state_dict(), root / "reconet.safetensors")              # of another method
+    (root / "mit-tiny/config.json").unlink()
+    found = {need.what: need for need in check(small, "", root, rows=ROWS)}
+    assert found["ReCoNet"].state == found["ImageNet weights of SegFormer tiny"].state == "missing" and "reconet.safetensors" in found["ReCoNet"].detail
+
+
+def untrained_vgg() -> dict[str, torch.Tensor]:
+    "All convolutions of a VGG-16 that nobody trained."
+    from caf_nb.losses import _random_layers
+    return _random_layers(0).state_dict()
+
+
+def test_pictures_and_trainings_stand_in_for_weights(small, tmp_path):
+    (tmp_path / "shown/reconet").mkdir(parents=True)
+    trained = small.model_copy(update={"trained": ("sdnet",)})
+    found = states(check(trained, "", tmp_path, tmp_path / "shown", rows=("reconet", "sdnet", "didfuse")))
+    assert (found["ReCoNet"], found["SDNet"], found["DIDFuse"]) == ("there", "warning", "missing")
+
+
+def test_room_is_that_of_the_folder_to_be(small, data_root, tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)
+    def need(rows): return next(n for n in check(small, data_root, "", rows=rows, cache=tmp_path / "not/yet/there") if n.what == "room for pictures")
+    assert need(ROWS).state == "there" and str(tmp_path) in need(ROWS).detail
+    sizes = sum(preflight.fused_bytes(preflight.read_part(name, data_root)) for name in ("m3fd", "multispectral", "mfnet"))
+    assert sizes > 8 * 3 * 500
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=3 * sizes + 1))
+    assert (need(ROWS[:3]).state, need(ROWS[:4]).state) == ("there", "missing")
+
+
+def test_a_profile_with_embedded_data_needs_next_to_nothing(tmp_path):
+    for name in ("smoke", "mini"): require(check(Profile.named(name)))
+    assert "Nothing is missing." in describe(Profile.named("smoke"), check(Profile.named("smoke")))
+
+
+# ---------------------------------------------------------------- hours
+
+def chain(root: Path, cache: Path, profile: Profile) -> list:
+    from caf_nb.stages import FinetuneDetector, FuseDataset, Method, Search, TrainFusion
+    infra = {"folder": str(cache)}
+    def data(): return Data.of("m3fd", profile.data, root)
+    found = Search(data=data(), settings=profile.search, detector=profile.detector, infra=infra)
+    trained = TrainFusion(data=fusion_blocks(data()) or data(), loss=found, settings=profile.fusion, infra=infra)
+    return [FinetuneDetector(fused=FuseDataset(data=data(), model=model, infra=infra), settings=profile.detector, infra=infra) for model in (Method(method="vi"), trained, trained)]
+
+
+def test_steps_are_those_of_the_profile_and_the_archive(data_root, tmp_path):
+    paper = Profile.named("paper")
+    paper = paper.model_copy(update={"data": paper.data.model_copy(update={"block_size": 32})})
+    plans = [plan(stage) for stage in unfinished(chain(data_root, tmp_path / "stages", paper))]
+    train, all_of_it = 5, 8
+    assert [(p.title, p.works[0].steps) for p in plans] == [
+        ("FuseDataset m3fd", all_of_it), ("FinetuneDetector m3fd", 100 * train), ("Search m3fd caf", 10 * 1), ("TrainFusion blocks caf", 100 * 125),
+        ("FuseDataset m3fd", all_of_it), ("FinetuneDetector m3fd", 100 * train)]
+    assert plans[1].works[0].trial.keywords["size"] == 640 and plans[3].works[0].trial.keywords["size"] == 32
+
+
+def test_what_does_not_fit_is_said(data_root, tmp_path, monkeypatch):
+    def full(bench, **_): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(preflight, "try_search", full)
+    for name in ("try_training", "try_detector", "try_fusing"): monkeypatch.setattr(preflight, name, lambda bench, **_: Tried(0.5, "nothing"))
+    hours = estimate(chain(data_root, tmp_path / "stages", Profile.named("paper").model_copy(update={"data": DataSettings(source="published", size=32)})), progress=False)
+    assert math.isnan(hours.hours["Search m3fd caf"]) and hours.hours["FinetuneDetector m3fd"] == pytest.approx(2 * 500 * 0.5 / 3600)
+    assert hours.measured["Search m3fd caf"] == "does not fit into the memory of the device"
+    assert "Not counted: Search m3fd caf." in describe(Profile.named("paper"), [Need("x", "there", "y")], hours)
+
+
+@pytest.mark.slow
+def test_hours_are_near_what_a_run_takes(data_root, tmp_path):
+    "The estimate of a fusion training beside the training itself. Only the order of size is tested: other programs may slow down either."
+    from caf_nb.stages import TrainFusion, Weighted
+    data = Data.of("m3fd", DataSettings(source="published", size=64), data_root)
+    stage = TrainFusion(data=data, loss=Weighted(beta=(1 / 15,) * 15, vgg="slim"), settings=FusionSettings(epochs=12, batch_size=2), infra={"folder": str(tmp_path / "stages")})
+    hours = estimate([stage], bench=Bench(torch.device("cpu"), None, 8), progress=False).loc["TrainFusion m3fd caf"]
+    assert hours.steps == 12 * 3 and math.isnan(hours.memory) and hours.measured == "2 of 64x64"
+    trained = stage.run()
+    took = float(trained.provenance["fusion seconds"])
+    assert len(trained.losses) == hours.steps
+    assert (took - 1) / 5 < 3600 * hours.hours < 5 * (took + 1)
+    assert estimate([stage], progress=False).empty  # it is finished
+    assert "Every stage is finished." in describe(Profile.named("paper"), [Need("x", "there", "y")], estimate([stage], progress=False))
