@@ -283,7 +283,8 @@ class _Search:
         self.by_task, self.by_fusion, self.by_alpha = self.optimizers = [torch.optim.Adam(params, lr) for params, lr in adams]
         self.schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, settings.decay) for o in self.optimizers]
         self.batches, self.held_out, self.warmup = self.orders = [
-            _Order(scenes, settings.batch_size, seed + i) for i, scenes in enumerate((train, val, train))]
+            _Order(scenes, size, seed + i) for i, (scenes, size) in enumerate(((train, settings.batch_size), (val, settings.val_batch_size or settings.batch_size),
+                                                                               (train, settings.batch_size)))]
         self.epoch_steps = math.ceil(len(train) / settings.batch_size)
         self.warmed, self.rows, self.last, self.converged = 0, [], torch.zeros_like(alpha), False
 
@@ -409,7 +410,7 @@ def search(net: nn.Module,             # fusion network, changed in place, left 
     Raises `CafError` on bad input, and `NotFinite` with step, term and batch if a loss or gradient is not finite; the last good state is then in `folder`."""
     if not len(train) or not len(val): raise CafError("a split is empty", remedy="Search needs training and validation scenes")
     start = torch.zeros(len(TERMS)) if beta is None else logits(beta.detach())
-    about = {"settings": settings.model_dump_json(), "seed": str(seed), "scenes": f"{len(train)} and {len(val)}", "variant": str(space.variant),
+    about = {"settings": settings.model_dump_json(exclude_defaults=True), "seed": str(seed), "scenes": f"{len(train)} and {len(val)}", "variant": str(space.variant),
              "network": type(net).__name__, "task": type(task).__name__, "start": str(start.tolist())}
     with seeded(seed):
         players = _Search(net, task, space, train, val, settings, seed, start)
