@@ -22,7 +22,8 @@ from .core import CafError, Profile, environment, replacing
 from .fusion import find_weights
 from .gallery import brought, weights_file
 from .inputs import Data, detector_weights, fusion_blocks, segmenter_weights
-from .losses import TERMS, load_vgg
+from .losses import TERMS
+from .preflight import check as needs, require
 from .stages import (FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results, Search, TrainFusion,
                            TrainJoint, Weighted, Weights)
 from .zoo import find_method
@@ -131,23 +132,13 @@ def known(network: str) -> str:
     find_method(network)
     return network
 
-# %% ../nbs/09c_tables.ipynb #fa79728e
+# %% ../nbs/09c_tables.ipynb #4d28b567
 def check(setup: Setup, rows: Sequence[str]) -> None:
-    "Raises `CafError` that names everything a table would lack later."
-    profile, missing = setup.profile, []
+    "Raises `CafError` on an unknown row, and one that names everything a table would lack later."
     for row in rows:
-        base = "caf" if row.startswith("caf_") or row == "caf" else row
-        if brought(setup.fused_root, row): continue
-        entry = find_method(base.removesuffix("_p"))
-        if base == row and not row.endswith("_p") and row != "caf" and row not in setup.trained and entry.read is not None and find_weights(setup.weights_root, row) is None:
-            missing.append(f"weights of {row} (weights_root/{row}/{entry.weights} or {row}.safetensors)")
-    if setup.data_root or profile.data.source == "published": missing.append("a reader for the published data sets (this version has none)")
-    for task in HOME:
-        if isinstance(start := setup.start(task), Weights) and not Path(start.file).exists(): missing.append(f"weights of the task network ({start.file})")
-    if not missing: load_vgg(profile.vgg)
-    if missing:
-        raise CafError(f"profile {profile.name}{f' with data_root {setup.data_root}' if setup.data_root else ''} lacks {' and '.join(missing)}",
-                       remedy="Use profile smoke or mini without data_root: they run on embedded scenes; give weights_root or fused_root for methods")
+        if not brought(setup.fused_root, row): find_method("caf" if row.startswith("caf_") else row.removesuffix("_p"))
+    profile = setup.profile.model_copy(update={"trained": setup.trained})
+    require(needs(profile, setup.data_root, setup.weights_root, setup.fused_root, rows, setup.cache))
 
 # %% ../nbs/09c_tables.ipynb #a53020a5
 Stages = dict[tuple[str, str], FinetuneDetector | FinetuneSegmenter] # (data set, row) -> the stage that scores it

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ["core", "data", "datasets", "archives", "synth", "losses", "checkpoints", "zoo", "fusion", "tasks", "deeplab", "anchors", "search", "textbook", "differences", "loop",
           "fusion_training", "detector_training", "segmenter_training", "train",
-          "joint", "metrics", "inputs", "stages", "gallery", "tables", "preflight", "study", "report", "pictures", "page", "cli", "cli_data"]
+          "joint", "metrics", "inputs", "stages", "gallery", "preflight", "tables", "study", "report", "pictures", "page", "cli", "cli_data"]
 NUMBERED = [p.stem.split("_", 1)[1] for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
 ZOO = {"core", "data", "losses", "checkpoints"}  # what a method may know of the library
 
