@@ -204,7 +204,8 @@ def _trainer_class(select_best: bool,      # otherwise without the validations o
                    progress: bool,         # show a bar
 ) -> type:
     "The trainer of ultralytics, with whole files and a state. (Made in a function, since the library is imported late.)"
-    moments = {"on_train_start": "take_up", "on_train_epoch_start": "take_up_epoch", "on_train_batch_end": "count_batch", "on_train_epoch_end": "end_epoch"}
+    moments = {"on_train_start": "take_up", "on_train_epoch_start": "take_up_epoch", "on_train_batch_end": "count_batch", "on_train_epoch_end": "end_epoch",
+               "on_fit_epoch_end": "keep"}
     from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.utils import RANK
     from ultralytics.utils.torch_utils import strip_optimizer, unwrap_model
@@ -243,22 +244,26 @@ def _trainer_class(select_best: bool,      # otherwise without the validations o
                     with filling(checkpoint.parent) as aside: strip_optimizer(checkpoint, str(aside/checkpoint.name))
 
         def save_model(self) -> bool:
-            "Their checkpoints, whole or not at all; then our state."
+            "Their checkpoints, whole or not at all."
             files = self.wdir, self.last, self.best
             try:
                 with filling(self.wdir) as aside:
                     self.wdir, self.last, self.best = aside, aside/"last.pt", aside/"best.pt"
                     super().save_model()
             finally: self.wdir, self.last, self.best = files
-            if file and not self.stop and (self.epoch + 1) % save_every == 0: write_state(file, about, **self.state_dict())
             return True
+
+        def keep(self) -> None:
+            "Our state, but none of the last epoch: whoever finds it ends with that one."
+            if file and RANK in (-1, 0) and not self.stop and (self.epoch + 1) % save_every == 0: write_state(file, about, **self.state_dict())
 
         def state_dict(self) -> dict[str, Any]:
             net = unwrap_model(self.model)
             return {"epoch": self.epoch, "net": net.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates,
                     "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "nominal": self.nominal, "last_step": self.last_step,
                     "gradients": {name: p.grad for name, p in net.named_parameters() if p.grad is not None},
-                    "best": _plain(self.best_fitness), "fitness": _plain(self.fitness), "stopper": (_plain(self.stopper.best_fitness), self.stopper.best_epoch, self.stopper.possible_stop),
+                    "best": _plain(self.best_fitness), "fitness": _plain(self.fitness),
+                    "stopper": (_plain(self.stopper.best_fitness), self.stopper.best_epoch, self.stopper.possible_stop),
                     "generators": _generators(), "pool": list(self.train_loader.dataset.buffer), "losses": list(self.losses),
                     "csv": self.csv.read_text() if self.csv.exists() else "", "seconds": self.spent + time.time() - self.train_time_start}
 
@@ -325,7 +330,8 @@ def _boxed(batch: dict[str, Tensor]) -> list[Tensor]:
     cx, cy, bw, bh = (batch["bboxes"].cpu() * torch.tensor([w, h, w, h])).unbind(1)
     corners = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], 1)
     index = batch["batch_idx"].cpu()
-    return [draw_bounding_boxes(batch["img"][i].detach().float().cpu().clamp(0, 1), corners[index == i], colors="yellow") for i in range(n)]
+    images = batch["img"][:n].detach().float().cpu().clamp(0, 1)
+    return [draw_bounding_boxes(image, corners[index == i], colors="yellow") if (index == i).any() else image for i, image in enumerate(images)]
 
 # %% ../nbs/07b_detector_training.ipynb #afbc23c6
 def _run_trainer(detector: Detector,
@@ -367,9 +373,10 @@ def finetune_detector(detector: Detector,                  # where it starts; ta
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
     if settings.patience and not select_best: raise CafError("patience counts epochs without a better score on val", remedy="Give select_best=True with it")
+    own = select_best or folder is None  # with a state of ours, the checkpoint that they write after each epoch is of no use
     half = "bf16" if find_device(str(device).split(",")[0]).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else False
-    options = _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml", epochs=settings.epochs, nbs=settings.nominal_batch,
-                        seed=seed, deterministic=True, amp=half, patience=settings.patience, val=select_best) | recipe
+    options = _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml", epochs=settings.epochs,
+                        nbs=settings.nominal_batch, seed=seed, deterministic=True, amp=half, patience=settings.patience, val=select_best, save=own) | recipe
     file = Path(folder).resolve()/"detector.pt" if folder is not None else None
     about = _account(detector, data, settings, size, seed, select_best, recipe) if file else {}
     read_state(file, about)  # a foreign one is refused before anything is built

@@ -39,7 +39,7 @@ class FixedLoss(Objective):
 
 def caf_recipe(space: Callable,          # LossSpace
                beta: Tensor,             # (15,) weights in the order of TERMS
-               settings: FusionSettings, # epochs, batch size, learning rate of Adam
+               settings: FusionSettings, # epochs, batch size, learning rate of Adam, crop
 ) -> Recipe:
     "The paper's training, for any network."
     return Recipe(partial(FixedLoss, space, beta), partial(torch.optim.Adam, lr=settings.lr), settings.epochs, settings.batch_size, settings.crop)
@@ -149,9 +149,11 @@ class _Stage:
 # %% ../nbs/07a_fusion_training.ipynb #437c916e
 def _account(net: nn.Module, scenes: Sequence[Scene], stages: Sequence[Recipe], seed: int, engine: Engine, patience: int) -> dict[str, str]:
     "What a state has to belong to."
-    def line(s): return f"{s.epochs} epochs of batches of {s.batch_size}, crop {s.crop}, {spelled(s.optimizer)}, {spelled(s.schedule)}, {spelled(s.objective)}"
-    return {"training": "fusion", "network": type(net).__name__, "start": fingerprint(net), "scenes": str(len(scenes)), "seed": str(seed), "accumulate": str(engine.accumulate),
-            "processes": str(engine.processes), "patience": str(patience)} | {f"stage {i}": line(s) for i, s in enumerate(stages, 1)}
+    def line(s):
+        return f"{s.epochs} epochs of batches of {s.batch_size}, crop {s.crop}, {', '.join(map(spelled, (s.optimizer, s.schedule, s.objective)))}"
+    about = {"training": "fusion", "network": type(net).__name__, "start": fingerprint(net), "scenes": len(scenes), "seed": seed,
+             "accumulate": engine.accumulate, "processes": engine.processes, "patience": patience}
+    return {name: str(value) for name, value in about.items()} | {f"stage {i}": line(s) for i, s in enumerate(stages, 1)}
 
 class _Training:
     "The stages of `train_fusion`, what is kept of them, and where."

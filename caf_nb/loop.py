@@ -10,7 +10,7 @@ __all__ = ['History', 'write_state', 'read_state', 'fingerprint', 'spelled', 'lo
 import hashlib
 import importlib
 import shutil
-import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +25,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchvision.utils import make_grid
+from tqdm import TqdmWarning
 
 from .core import CafError, replacing
 from .search import NotFinite
@@ -42,6 +43,7 @@ def write_state(file: Path,             # replaced as a whole
 ) -> None:
     "Write the state of a training."
     file.parent.mkdir(parents=True, exist_ok=True)
+    for stale in file.parent.glob(f".{file.name}.*.part"): stale.unlink()  # of runs that were killed while they wrote
     with replacing(file) as part: torch.save({"about": about} | parts, part)
 
 def _check_whole(file: Path) -> None:
@@ -145,7 +147,10 @@ def half_type(where: torch.device) -> torch.dtype | None: # None: float32
 def optional(module: str, # e.g. "accelerate"
 ) -> ModuleType:
     "Import a library that only training needs. Raises `CafError` if it is not installed."
-    try: return importlib.import_module(module)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqdmWarning)  # that a notebook has no widgets for bars which nobody shows
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise CafError(f"{error.name} is not installed", remedy='Run pip install "caf_nb[train]"') from None
 
@@ -159,8 +164,8 @@ class Engine:
         library = optional("accelerate")
         spread = library.DistributedDataParallelKwargs(find_unused_parameters=True)  # a network may have layers that a loss does not read
         try: self.accelerator = library.Accelerator(mixed_precision="no", device_placement=False, kwargs_handlers=[spread])
-        except ValueError as error:  # somebody set it up in another way before
-            raise CafError(f"accelerate is set up otherwise ({str(error).splitlines()[0]})", remedy="Leave the precision to the training") from None
+        except (ValueError, NotImplementedError) as error:  # somebody set it up in another way before, or has cards that it cannot connect
+            raise CafError(f"accelerate cannot be used as it is set up ({str(error).splitlines()[0]})", remedy="Leave the precision to the training") from None
         self.processes, self.rank, self.main = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.is_main_process
         self.where, self.accumulate = self.accelerator.device if self.processes > 1 else where, accumulate
         self.half = half_type(self.where)

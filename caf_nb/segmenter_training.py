@@ -129,7 +129,8 @@ class _Loss(nn.Module):
 class _Training:
     "The fine-tuning of a segmenter, under way."
 
-    def __init__(self, segmenter: Segmenter, pairs: Sequence[tuple[Tensor, Tensor]], settings: SegmenterSettings, seed: int, engine: Engine, file: Path | None):
+    def __init__(self, segmenter: Segmenter, pairs: Sequence[tuple[Tensor, Tensor]], settings: SegmenterSettings, seed: int,
+                 engine: Engine, file: Path | None):
         self.segmenter, self.pairs, self.settings, self.engine, self.file = segmenter, pairs, settings, engine, file
         self.about = self.account(seed) if file else {}
         self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, settings.lr, settings.steps)
@@ -181,7 +182,8 @@ def _show(log: Log, training: _Training) -> None:
     "Rows of image, mask and answer."
     images, masks = _stacked(training.pairs, range(min(4, len(training.pairs))), training.engine.where)
     answers, n = training.segmenter.predict(images), len(training.segmenter.classes)
-    log.grid(len(training.losses), "image, mask, found", [(image, *(x[None].clamp(max=n) / n for x in (mask, found))) for image, mask, found in zip(images, masks, answers)])
+    rows = [(image, *(x[None].clamp(max=n) / n for x in (mask, found))) for image, mask, found in zip(images, masks, answers)]
+    log.grid(len(training.losses), "image, mask, found", rows)
 
 def _play(training: _Training, save_every: int, progress: bool, log: Log) -> None:
     "Step after step to the end."
