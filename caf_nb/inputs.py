@@ -144,9 +144,9 @@ class Data(BaseModel):
            data_root: str | Path = "", # "" for what `settings` says
            seed: int = 0,
     ) -> Self:
-        "The published set if there is a root, however small the profile."
+        "The published set if there is a root, however small the profile. The archive is looked at once in a process, for all tables and their stages."
         if str(data_root): settings = settings.model_copy(update={"source": "published"})
-        return cls(name=name, settings=settings, seed=seed, root=str(data_root))
+        return _data(name, settings, 0 if str(data_root) else seed, str(data_root)).model_copy()
 
     @property
     def classes(self) -> tuple[str, ...]: return CLASSES[self.name]
@@ -172,6 +172,9 @@ class Data(BaseModel):
             return PublishedScenes(read_part(self.name, self.root, which, self.split_file), getattr(self.settings, which), size)
         number, key = len(SPLITS) * len(_LABELS), SPLITS.index(which) + len(SPLITS) * list(_LABELS).index(self.name)
         return SynthScenes(getattr(self.settings, which), self.settings.size, seed=number * self.seed + key, task=_LABELS[self.name])
+
+@lru_cache
+def _data(name: str, settings: DataSettings, seed: int, root: str) -> Data: return Data(name=name, settings=settings, seed=seed, root=root)
 
 # %% ../nbs/09a_inputs.ipynb #7c33ec25
 class BlockData(BaseModel):
@@ -208,7 +211,10 @@ def fusion_blocks(data: Data) -> BlockData | None:
     "The blocks that the fusion network learns from beside `data`. None, where it learns from the training split of `data` itself: embedded scenes, and profiles without blocks."
     wanted = data.settings
     if not wanted.blocks or wanted.source == "embedded": return None
-    return BlockData(blocks=wanted.blocks, block_size=wanted.block_size, root=data.root, split_file=data.split_file if data.name == "m3fd" else "")
+    return _blocks(wanted.blocks, wanted.block_size, data.root, data.split_file if data.name == "m3fd" else "").model_copy()
+
+@lru_cache
+def _blocks(n: int, size: int, root: str, split_file: str) -> BlockData: return BlockData(blocks=n, block_size=size, root=root, split_file=split_file)
 
 # %% ../nbs/09a_inputs.ipynb #eb3dde65
 class Held(Sequence):
@@ -267,6 +273,6 @@ def deeplab_weights() -> Pretrained:
     return Pretrained("Cityscapes weights of DeepLabV3+", "best_deeplabv3plus_*_cityscapes_os16.pth", "https://github.com/VainF/DeepLabV3Plus-Pytorch")
 
 def vgg_weights() -> Pretrained:
-    "ImageNet weights of VGG-16, in `weights_root` or where torchvision keeps them."
+    "ImageNet weights of VGG-16, where torchvision keeps them and `load_vgg` looks."
     url = VGG16_Weights.IMAGENET1K_V1.url
     return Pretrained("ImageNet weights of VGG-16", url.rpartition("/")[2], url, Path(torch.hub.get_dir())/"checkpoints")

@@ -63,7 +63,7 @@ def _set_need(name: str, data_root: str | Path, settings: DataSettings) -> Need:
     if not str(data_root): return Need(source.title, "missing", "data_root is not given", f"Get it from {source.page}, unpack it, and give the folder of all archives as data_root")
     try:
         archive = read_part(name, data_root)
-        if name in CLASSES: Data.of(name, settings, data_root)
+        if name in CLASSES: Data(name=name, settings=settings.model_copy(update={"source": "published"}), root=str(data_root))
         archive[0]
     except CafError as error: return Need(source.title, "missing", f"{error.file or data_root}: {error.cause}", error.remedy or f"Look at its tree with: caf-data where {name}")
     found, left_out = f"{len(archive.listed):,} pairs in {archive.root}", [f for f in archive.findings if f.kind not in NOTES]
