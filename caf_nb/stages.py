@@ -12,13 +12,15 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import tee
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from exca import TaskInfra
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from .core import CafError, DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings, device, seeded
@@ -40,12 +42,26 @@ def _folder(infra: TaskInfra, name: str) -> Path:
     if infra.folder is None: raise CafError("this stage writes files and has no folder", remedy='Build it with infra={"folder": ...}')
     return Path(infra.uid_folder(create=True)).resolve()/name
 
-# %% ../nbs/09_stages.ipynb #78c88424
+# %% ../nbs/09_stages.ipynb #8a43fb71
+def _fingerprint(folder: Path, pattern: str) -> str:
+    "Changes with the name, size or time of any of these files below `folder`."
+    facts = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob(pattern)) if p.is_file()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
 class Weights(BaseModel):
     "Published weights of a task network, on this machine."
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["weights"] = "weights"
+    _exclude_from_cls_uid: ClassVar = ("file",)
     file: str                   # a .pt file of ultralytics, or a folder of transformers
+    mark: str = ""              # changes with the name, size or time of any file in it; leave it out
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("mark") or "file" not in given: return given
+        file = Path(given["file"])
+        return given | {"mark": f"{file.name} {_fingerprint(file.parent, file.name if file.is_file() else f'{file.name}/**/*')}"}
 
     def run(self) -> "Taught": return Taught(Path(self.file), Path(self.file).name)
 
@@ -59,10 +75,11 @@ Picture = Callable[[str, str, Scene], Tensor]  # (data set, split or "", scene) 
 
 def _write_split(folder: Path, data: Data, split: str, picture: Picture) -> None:
     "One split as pictures and labels, in the layout that the task's trainer reads."
-    scenes = held(data.whole(split), room=0)
-    images, stems = [picture(data.name, split, s) for s in scenes], [s.stem for s in scenes]
-    if data.name == "mfnet": write_mask_folder(folder, split, images, [s.mask for s in scenes], stems)
-    else: write_yolo_folder(folder, split, images, [s.boxes for s in scenes], stems, data.classes)
+    def rows(): # one scene in memory at a time
+        for scene in held(data.whole(split), room=0): yield picture(data.name, split, scene), scene.mask if data.name == "mfnet" else scene.boxes
+    images, labels = (map(itemgetter(i), copy) for i, copy in enumerate(tee(rows())))
+    if data.name == "mfnet": write_mask_folder(folder, split, images, labels, data.stems(split))
+    else: write_yolo_folder(folder, split, images, labels, data.stems(split), data.classes)
 
 def _in_turn(dataset: str, split: str, scene: Scene) -> Tensor:
     "A scene as infrared, visible or mean image, by the number in its name; gray sources have three equal channels, as files of one folder have one form."
@@ -200,6 +217,10 @@ class TrainFusion(BaseModel):
     seed: int = 0
     infra: TaskInfra = TaskInfra(version="1", mode="retry")
 
+    @field_validator("data", mode="after")
+    @classmethod
+    def _of_its_own(cls, data: Data | BlockData) -> Data | BlockData: return data.model_copy() # a name given to a shared one would change that of other stages
+
     @model_validator(mode="after")
     def _one_source_of_settings(self) -> "TrainFusion":
         if (self.settings is None) != isinstance(self.loss, Published):
@@ -297,11 +318,6 @@ class Method(BaseModel):
         return "" if find_method(self.method).read is None else Path(self.weights).name or "weights of the package"
 
 # %% ../nbs/09_stages.ipynb #361fae52
-def _fingerprint(folder: Path) -> str:
-    "Changes with the name, size or time of any picture below `folder`."
-    facts = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*.png"))]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
 def few_names(names: Sequence[str]) -> str:
     "The first names, and how many there are beside them."
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -320,7 +336,7 @@ class Results(BaseModel):
         if not isinstance(given, dict) or "files" in given or not {"root", "method"} <= given.keys(): return given
         folder = Path(given["root"])/given["method"]
         if not folder.is_dir(): raise CafError("there is no such folder of results", folder, "Make it, with a folder for each data set in it")
-        return given | {"files": _fingerprint(folder)}
+        return given | {"files": _fingerprint(folder, "**/*.png")}
 
     def file(self, dataset: str, stem: str, split: str = "") -> Path:
         "Where the picture of a pair is, or would be."
