@@ -192,6 +192,7 @@ class Published(BaseModel):
     kind: Literal["published"] = "published"
     epochs: int | None = Field(None, ge=1)      # of each stage; None: the published number
     batch_size: int | None = Field(None, ge=1)  # likewise
+    crop: int | None = Field(None, ge=1)        # likewise: side of the squares, in pixels
 
     def recipe(self, network: str) -> tuple[Recipe, ...]:
         "The stages of `network`, cut short if that is wanted. Raises `CafError` if none are known."

@@ -109,8 +109,9 @@ class Setup(BaseModel):
         return Method(method=row, weights=weights_file(self.weights_root, row))
 
     def own_loss(self) -> Published:
-        "The loss of a method's authors, for as many epochs as the others get."
-        return Published(epochs=self.profile.fusion.epochs, batch_size=self.profile.fusion.batch_size)
+        "The loss of a method's authors, for as many epochs and on as large squares as the others get."
+        fusion = self.profile.fusion
+        return Published(epochs=fusion.epochs, batch_size=fusion.batch_size, crop=fusion.crop)
 
     def joint(self, task: Task) -> TrainJoint:
         "Both networks at once, with the searched weights of the task."
