@@ -30,6 +30,7 @@ import torch
 from pydantic import BaseModel
 from tqdm import tqdm
 
+import caf_nb
 from .core import CafError, Profile, environment, replacing
 from .report import output_folder
 from .tables import Cell
@@ -94,9 +95,8 @@ def _listing(folder: str) -> list[tuple[str, int, int]]:
 
 def surroundings(inputs: Inputs) -> str:
     "Changes with the library, the libraries below it, the machine and the files in the user's folders."
-    here = Path(__file__).parent if "__file__" in globals() else Path("nothing")
     about = {k: v for k, v in environment().items() if k != "commit"}
-    return _digest((_contents(here, "*"), about, [_listing(folder) for folder in inputs]))
+    return _digest((_contents(Path(caf_nb.__file__).parent, "*"), about, [_listing(folder) for folder in inputs]))
 
 def fingerprint(path: Path, parameters: Mapping[str, object], around: str, cells: Path) -> str:
     "Changes with whatever a notebook depends on."
@@ -184,6 +184,7 @@ class _Display:
 def run_in_order(waits: Mapping[str, set[str]],  # of `waits_for`
                  run: Callable[[str], None],     # one notebook by its name
                  jobs: int,                      # at a time
+                 stop: Callable[[], None] = lambda: None, # ends what is running, after an error or Ctrl-C
 ) -> None:
     "Call `run` for every name, after those that it waits for."
     sorter = TopologicalSorter(waits)
@@ -199,6 +200,7 @@ def run_in_order(waits: Mapping[str, set[str]],  # of `waits_for`
                     sorter.done(name)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            stop()
             raise
 
 # %% ../nbs/10c_page.ipynb #c00f29ac
@@ -209,6 +211,11 @@ class Ran(NamedTuple):
     seconds: float
     error: str = ""     # "" if it ran through
     reused: str = ""    # when it was run, if that was before
+
+def _breakable(page: str) -> str:
+    "Allow a line to end within a very long word, such as a path; whole words stay whole."
+    def ends(text): return re.sub(r"[^\s&;]{12}(?=[^\s&;]{4})", r"\g<0><wbr>", text[0])
+    return "".join(part if part.startswith("<style") else re.sub(r"(?<=>)[^<]+(?=<)", ends, part) for part in re.split(r"(<style.*?</style>)", page, flags=re.DOTALL))
 
 def _body(ran: Ran, names: Sequence[str]) -> str:
     "HTML of the text and outputs of a notebook."
@@ -223,7 +230,7 @@ def _body(ran: Ran, names: Sequence[str]) -> str:
     body = exporter.from_notebook_node(executed)[0]
     body = re.sub(r"<(/?)h([1-5])\b", lambda m: f"<{m[1]}h{int(m[2]) + 1}", body)
     def link(m): return f'<a href="#{m[1]}">{m[2]}</a>' if m[1] in names else m[2]
-    return re.sub(r'<a href="([\w./]+)\.ipynb">(.*?)</a>', link, body)
+    return _breakable(re.sub(r'<a href="([\w./]+)\.ipynb">(.*?)</a>', link, body))
 
 def _title(path: Path) -> str:
     "The first heading and the sentence below it."
@@ -232,7 +239,7 @@ def _title(path: Path) -> str:
     return ": ".join(re.sub(r"\[(.+?)\]\(.+?\)", r"\1", m[1]) for m in (heading, said) if m) or path.stem
 
 _STYLE = """body {font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; overflow-wrap: break-word}
-table {border-collapse: collapse; font-size: 12.5px; margin: .5rem 0; max-width: 100%} th {border-bottom: 1px solid #999; font-weight: 600} td, th {overflow-wrap: anywhere; padding: 2px 6px; vertical-align: top; text-align: left}
+table {border-collapse: collapse; font-size: 12.5px; margin: .5rem 0; max-width: 100%} th {font-weight: 600} thead th {border-bottom: 1px solid #999} td, th {padding: 2px 6px; vertical-align: top; text-align: left}
 caption {text-align: left; padding: .3rem 0; color: #a33} img {max-width: 100%} nav {background: #f4f4f4; padding: .6rem 1rem} .error {color: #a00; font-weight: 600} .small {color: #666; font-size: 13px}
 section {border-top: 1px solid #ccc; margin-top: 2rem} pre {white-space: pre-wrap; overflow-wrap: anywhere} summary {cursor: pointer} details pre {font-size: 11px}"""
 
@@ -254,7 +261,7 @@ def _provenance(folder: Path) -> str:
         configured = f"<details><summary>all settings</summary><pre>{html.escape(json.dumps(cell.configuration, indent=1))}</pre></details>"
         return f"<tr><td>{html.escape(name)}</td><td>{html.escape(about)}{configured}</td><td>{_seconds(cell):.0f}</td><td>{html.escape(cell.environment.get('commit', ''))}</td><td>{where}</td></tr>"
     rows = "".join(row(name, cell) for name, cell in found.items())
-    return (f"<p>Environments:</p><ol>{listed}</ol><table><thead><tr><th>data set-row-seed</th><th>how it was made</th><th>seconds</th><th>commit</th><th>environment</th></tr></thead><tbody>{rows}</tbody></table>")
+    return _breakable(f"<p>Environments:</p><ol>{listed}</ol><table><thead><tr><th>data set-row-seed</th><th>how it was made</th><th>seconds</th><th>commit</th><th>environment</th></tr></thead><tbody>{rows}</tbody></table>")
 
 def write_page(file: Path, profile: Profile, ran: Sequence[Ran], titles: Mapping[str, str], cells: Path) -> None:
     "The HTML page: contents, then the text, tables and pictures of every notebook, then where the numbers come from."
@@ -318,13 +325,15 @@ class _Run:
             else: self.note(name, Done(fingerprint="", seconds=self.ran[name].seconds, when=time.strftime("%Y-%m-%d %H:%M")))
         self.display.done(name)
 
+    def stop(self) -> None:
+        "End the running notebooks with their kernels."
+        for process in self.processes:
+            if process.poll() is None: process.send_signal(signal.SIGINT)
+
     def all(self) -> list[Ran]:
-        "Every notebook; stops the running ones if it is interrupted."
-        try: run_in_order(waits_for(self.paths), self.one, self.jobs)
-        finally:
-            for process in self.processes:
-                if process.poll() is None: process.send_signal(signal.SIGINT)
-            self.display.bar.close()
+        "Every notebook."
+        try: run_in_order(waits_for(self.paths), self.one, self.jobs, self.stop)
+        finally: self.display.bar.close()
         for name in self.paths:
             if not self.ran[name].error: self.note(name, self.ledger.done[name])  # later notebooks may have added cells
         return [self.ran[name] for name in self.paths]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACES', 'MAP', 'MAP50', 'COLUMNS', 'ROWS', 'PRINTED', 'CLAIMED', 'Face', 'face', 'Printed', 'paper_table', 'compare',
            'show_table', 'plot_table', 'Claimed', 'standing', 'conclusion', 'output_folder', 'cache_folder', 'listed',
-           'save_results']
+           'save_results', 'results_summary']
 
 # %% ../nbs/10_report.ipynb #5c511517
 import json
@@ -140,7 +140,8 @@ def show_table(compared: pd.DataFrame, # of `compare`
     wide = wide.loc[[m for m in _in_order(part.method) if wide.loc[m].notna().any()]].rename(index=lambda m: face(m).name)
     wide = wide.rename_axis(index=None, columns=[None, None]).rename(columns={"delta": "Δ"}, level=1)
     forms = {(m, who): f"{{:{'+' if who == 'Δ' else ''}.{3 if _point(m) < 1 else 1}f}}" for m, who in wide.columns}
-    looks = [{"selector": "td, th", "props": "padding: 2px 6px; text-align: right"},
+    narrow = "padding: 2px; font-size: 11px" if wide.shape[1] > 20 else "padding: 2px 6px"
+    looks = [{"selector": "td, th", "props": f"{narrow}; text-align: right"},
              *({"selector": f".col{i}", "props": "color: #767676"} for i, (_, who) in enumerate(wide.columns) if who == "paper")]
     return wide.style.format(forms, na_rep="–").apply(_mark).apply(_tint).set_caption(caption).set_table_styles(looks)
 
@@ -261,3 +262,45 @@ def save_results(folder: Path,             # of `output_folder`
     with replacing(folder/f"{name}.csv") as part: compared.to_csv(part, index=False)
     with replacing(folder/f"{name}.json") as part: part.write_text(json.dumps(provenance, indent=2, default=plain) + "\n")
     return folder/f"{name}.csv"
+
+# %% ../nbs/10_report.ipynb #90dfd5ed
+_SUMMARY = (((1, "m3fd", MAP50), (1, "multispectral", MAP50), (2, "mfnet", "mIoU")), ((3, "fused", "MI"), (3, "fused", "VIF"), (3, "m3fd", MAP50), (3, "mfnet", "mIoU")))
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows))
+
+def _summary_table(folder: Path, columns: Sequence[tuple[int, str, str]]) -> str:
+    "Our value of each row, with the printed one in brackets where there is one."
+    parts = {}
+    for n, dataset, metric in columns:
+        if not (folder/f"table{n}.csv").is_file(): continue
+        table = pd.read_csv(folder/f"table{n}.csv")
+        found = table[(table.dataset == dataset) & (table.metric == metric) & table.ours.notna()].set_index("method")
+        if len(found): parts[f"{metric}, {dataset}"] = found, 3 if _point(metric) < 1 else 1
+    def entry(found, digits, method):
+        if method not in found.index: return "–"
+        ours, paper = found.ours[method], found.paper[method]
+        return f"{ours:.{digits}f}" + ("" if np.isnan(paper) else f" (paper {paper:.{digits}f})")
+    rows = [[face(m).name, *(entry(*part, m) for part in parts.values())] for m in _in_order(m for found, _ in parts.values() for m in found.index)]
+    return _markdown(["row", *parts], rows) if rows else ""
+
+def _claims_table(folder: Path) -> str:
+    "The verdict of each claim, with its differences and intervals."
+    if not (folder/"claims.json").is_file(): return ""
+    compared, about = pd.read_csv(folder/"claims.csv"), json.loads((folder/"claims.json").read_text())
+    def difference(c):
+        spread = "" if np.isnan(c.low) else f" [{c.low:+.1f}, {c.high:+.1f}]"
+        return f"{face(c.row).name} – {face(c.against).name}, {c.metric}: {c.effect:+.1f}{spread}"
+    rows = [[claim["claim"], claim["sentence"], f"**{claim['verdict']}**", "; ".join(difference(c) for c in compared[compared.claim == claim["claim"]].itertuples())] for claim in about["claims"]]
+    table = _markdown(["", "claim of the paper", "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
+    return f"Seeds: {', '.join(map(str, about['seeds']))}.\n\n{table}"
+
+def results_summary(folder: str | Path, # of a profile's results
+                    profile: Profile,
+) -> str:                               # Markdown
+    "What was measured, as far as it is finished."
+    folder = Path(folder)
+    about = f"Profile `{profile.name}`: {profile.note}. Tables are of one seed, in percent; MI and VIF in their own units."
+    parts = [_claims_table(folder), *(_summary_table(folder, columns) for columns in _SUMMARY)]
+    if (folder/"figure5.png").is_file(): parts.append(f"![The weights that two searches found]({profile.home}/{profile.name}/figure5.png)")
+    return "\n\n".join([about, *(filter(None, parts))]) if any(parts) else f"{about} None is finished yet."

@@ -12,7 +12,7 @@ from caf_nb.core import DataSettings, Profile
 from caf_nb.data import read_image, write_png
 from caf_nb.report import compare, show_table
 from caf_nb.inputs import Data
-from caf_nb.tables import scores, table1
+from caf_nb.tables import Setup, cells, scores, table1
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,8 +29,8 @@ def test_pictures_stand_in_for_a_row_of_a_table(tmp_path):
             (tmp_path / "mymethod" / dataset / split).mkdir(parents=True)
             for scene in data.split(split):
                 write_png(tmp_path / "mymethod" / dataset / split / f"{scene.stem}.png", scene.ir.expand(3, -1, -1))
-    stages = table1(short, ["ir", "mymethod"], fused_root=tmp_path, cache=tmp_path / "cache")
-    found = scores(stages, progress=False)
+    stages = table1(Setup(profile=short, fused_root=str(tmp_path), cache=str(tmp_path / "cache")), ["ir", "mymethod"])
+    found = scores(cells(stages, tmp_path / "cells", progress=False))
     for dataset in ("m3fd", "multispectral"):
         assert str(found[dataset, "mymethod"]) == str(found[dataset, "ir"])  # as text: nan is not equal to itself
     assert "pictures in" in stages["m3fd", "mymethod"].provenance()["fusion network"]
@@ -53,7 +53,7 @@ def test_figure6_smoke(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
     assert list(origin.index) == ["ir", "vi", "reconet", "caf"]
-    assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 24 steps on embedded m3fd"
+    assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 8 steps on embedded m3fd"
     for name in ("DIDFuse", "SDNet", "UMFusion", "DeFusion", "U2Fusion", "TarDAL"):
         assert f"{name} is left out: there are no weights of it" in shown(tmp_path)
     assert len(list((tmp_path / "results").glob("figure6_embedded_*.png"))) == 2
