@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRIC', 'CLAIMS', 'ALONGSIDE', 'Verdict', 'Found', 'Comparison', 'Claim', 'needed', 'run_seed', 'run_study',
-           'Effect', 'effect', 'verdict', 'points', 'compare_rows', 'judge_claims', 'weights', 'moved_share',
-           'task_distance', 'protocol', 'diagnose', 'say', 'plot_effects', 'plot_weights', 'plot_rows']
+           'finished', 'Effect', 'effect', 'verdict', 'points', 'compare_rows', 'judge_claims', 'weights',
+           'moved_share', 'task_distance', 'protocol', 'diagnose', 'say_modalities', 'say', 'plot_effects',
+           'plot_weights', 'plot_rows']
 
 # %% ../nbs/09d_study.ipynb #99a746b5
 import math
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from .core import CafError
 from .losses import LETTERS, TERMS
-from .tables import HOME, Cell, Setup, Task, cell
+from .tables import HOME, Cell, Setup, cell, read_cell
 
 # %% ../nbs/09d_study.ipynb #eed95d2b
 METRIC = {"m3fd": "mAP@.5", "mfnet": "mIoU"} # what a claim about a data set is about
@@ -100,6 +101,19 @@ def run_study(setup: Setup,               # of any seed
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {pool.submit(_alone, one, Path(folder), claims): one.seed for one in setups}
         for job in tqdm(as_completed(jobs), "seeds", len(jobs), disable=not progress): keep(jobs[job], job.result())
+    return found
+
+def finished(setup: Setup,           # of any seed
+             seeds: Sequence[int],
+             folder: str | Path,       # of the cells
+             claims: Sequence[Claim] = CLAIMS,
+) -> dict[tuple[str, str, int], Cell]: # as of `run_study`
+    "The cells of a study that are there; nothing runs."
+    found = {}
+    for seed in seeds:
+        one = setup.model_copy(update={"seed": seed})
+        stages = {("search", task): one.search(task) for task in HOME} | {(d, r): one.score(d, r) for d, r in needed(claims)}
+        found |= {(*key, seed): there for key, stage in stages.items() if (there := read_cell(stage, Path(folder)/f"{'-'.join(key)}-{seed}.json"))}
     return found
 
 def _learn_first(setup: Setup) -> None:
@@ -215,9 +229,19 @@ def diagnose(found: Found) -> pd.DataFrame: # index question; a column a task
                          "What do the perceptual terms weigh? (n and o together, %)": span((100 * betas.loc[task][list(TERMS[-2:])].sum(axis=1)).tolist())}
     return pd.DataFrame(columns).rename_axis("question")
 
+def say_modalities(found: Found) -> str:
+    "How far each modality carries its task."
+    def mean(dataset, row): return np.mean(list(points(found, dataset, row).values()))
+    parts = [f"{METRIC[d]} on {d} is {mean(d, 'ir'):.1f} on the infrared images alone, {mean(d, 'vi'):.1f} on the visible ones, {mean(d, 'mean'):.1f} on the mean of both and "
+             f"{mean(d, 'caf'):.1f} on images fused with the searched loss" for d in METRIC]
+    return f"{'; '.join(parts)} (percent, a mean over the seeds)."
+
 def say(compared: pd.DataFrame, claims: pd.DataFrame, seeds: int) -> str: # Markdown
     "The verdicts as sentences."
-    def line(c): return f"{c.row} against {c.against} ({c.metric}) {c.effect:+.1f}" + (f" [{c.low:+.1f}, {c.high:+.1f}]" if math.isfinite(c.low) else "")
+    def line(c):
+        if not c.n: return f"{c.row} against {c.against} ({c.metric}) not run"
+        fewer = f", {c.n} of {seeds} seeds" if c.n < seeds else ""
+        return f"{c.row} against {c.against} ({c.metric}{fewer}) {c.effect:+.1f}" + (f" [{c.low:+.1f}, {c.high:+.1f}]" if math.isfinite(c.low) else "")
     said = [f"**{name}, {r.verdict}.** {r.sentence} Difference in points" + (" and 95 % interval" if seeds > 1 else "") + ": "
             + "; ".join(line(c) for c in compared[compared.claim == name].itertuples()) + "." for name, r in claims.iterrows()]
     few = ["With fewer than three seeds nothing is decided; the differences show that the chain runs."] if seeds < 3 else []
@@ -232,6 +256,7 @@ def plot_effects(compared: pd.DataFrame, # of `compare_rows`
     "Every comparison as its mean difference and interval; filled where it is decided."
     ax = ax or plt.subplots(figsize=(6, 0.26 * len(compared) + 0.8), layout="constrained")[1]
     for y, r in enumerate(compared[::-1].itertuples()):
+        if not r.n: continue
         colour = _TASK_COLOURS["detection" if r.dataset == HOME["detection"] else "segmentation"]
         if math.isfinite(r.low): ax.plot([r.low, r.high], [y, y], color=colour, lw=1.4)
         ax.plot(r.effect, y, "o", ms=5, color=colour, mfc="white" if r.verdict == "undecided" else colour)
