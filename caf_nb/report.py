@@ -37,7 +37,7 @@ FACES = {"ir": Face("Infrared", "#949494", "v"), "vi": Face("Visible", "#56b4e9"
          "reconet": Face("ReCoNet", "#ca9161", "X"), "u2fusion": Face("U2Fusion", "#fbafe4", "h"),
          "tardal": Face("TarDAL", "#ece133", "*"),
          "caf_h": Face("CAF_H", "#f7cbb0", "<"), "caf_r": Face("CAF_R", "#f2a97e", ">"), "caf_a": Face("CAF_A", "#e58a57", "p"),
-         "caf_swapped": Face("CAF, other task's loss", "#a65a2a", "H"), "caf_joint": Face("CAF, joint training", "#6b3410", "8"),
+         "caf_swapped": Face("CAF (other task's loss)", "#a65a2a", "H"), "caf_joint": Face("CAF (joint training)", "#6b3410", "8"),
          "caf": Face("CAF", "#d55e00", "o")}
 
 def face(method: str, # any row of a table
@@ -289,18 +289,18 @@ def _claims_table(folder: Path) -> str:
     if not (folder/"claims.json").is_file(): return ""
     compared, about = pd.read_csv(folder/"claims.csv"), json.loads((folder/"claims.json").read_text())
     def difference(c):
-        spread = "" if np.isnan(c.low) else f" [{c.low:+.1f}, {c.high:+.1f}]"
-        return f"{face(c.row).name} – {face(c.against).name}, {c.metric}: {c.effect:+.1f}{spread}"
+        spread, few = "" if np.isnan(c.low) else f" [{c.low:+.1f}, {c.high:+.1f}]", f" (n = {c.n})" if c.n < len(about["seeds"]) else ""
+        return f"{face(c.row).name} – {face(c.against).name}, {c.metric}: " + ("not run" if np.isnan(c.effect) else f"{c.effect:+.1f}{spread}{few}")
     rows = [[claim["claim"], claim["sentence"], f"**{claim['verdict']}**", "; ".join(difference(c) for c in compared[compared.claim == claim["claim"]].itertuples())] for claim in about["claims"]]
     table = _markdown(["", "claim of the paper", "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
-    return f"Seeds: {', '.join(map(str, about['seeds']))}.\n\n{table}"
+    return f"Over the seeds {', '.join(map(str, about['seeds']))}:\n\n{table}"
 
 def results_summary(folder: str | Path, # of a profile's results
                     profile: Profile,
 ) -> str:                               # Markdown
     "What was measured, as far as it is finished."
     folder = Path(folder)
-    about = f"Profile `{profile.name}`: {profile.note}. Tables are of one seed, in percent; MI and VIF in their own units."
-    parts = [_claims_table(folder), *(_summary_table(folder, columns) for columns in _SUMMARY)]
+    about, tables = f"Profile `{profile.name}`: {profile.note}.", list(filter(None, (_summary_table(folder, columns) for columns in _SUMMARY)))
+    parts = [_claims_table(folder), *(["One seed, in percent; MI and VIF in their own units:"] if tables else []), *tables]
     if (folder/"figure5.png").is_file(): parts.append(f"![The weights that two searches found]({profile.home}/{profile.name}/figure5.png)")
     return "\n\n".join([about, *(filter(None, parts))]) if any(parts) else f"{about} None is finished yet."
