@@ -7,13 +7,12 @@ __all__ = ['Channels', 'Gray', 'Reduce', 'CONVENTIONS', 'METRICS', 'PAPER_METRIC
            'standard_deviation', 'visual_information_fidelity', 'sum_of_correlations_of_differences', 'entropy',
            'average_gradient', 'spatial_frequency', 'correlation_coefficient', 'peak_signal_to_noise_ratio',
            'structural_similarity', 'multiscale_structural_similarity', 'edge_transfer', 'Convention',
-           'find_convention', 'Metric', 'measure', 'evaluate_fusion', 'plot_metrics', 'load_methods', 'pair_folders',
-           'blur_window', 'blur_separable', 'plain_metrics']
+           'find_convention', 'Metric', 'measure', 'evaluate_fusion', 'plot_metrics', 'load_methods', 'blur_window',
+           'blur_separable', 'plain_metrics']
 
 # %% ../nbs/08_metrics.ipynb #96197e80
 import math
 import os
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +39,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .core import CafError, device as find_device
-from .data import PairFolder, read_image, write_png
+from .data import PairFolder, read_image
 from .fusion import find_weights, load_fusion
-from .synth import SynthScenes
 from .zoo import METHODS, find_method
 
 # %% ../nbs/08_metrics.ipynb #0dc9008c
@@ -584,37 +582,6 @@ def load_methods(methods: str | Sequence[str] = "", # names, or one string with 
     if str(weights_root) and not Path(weights_root).is_dir(): raise CafError("there is no such folder", weights_root, "Give the folder of the weights")
     chosen = named or [m for m in METHODS if find_method(m).read is not None and find_weights(weights_root, m)]
     return {m: load_fusion(m, None if find_method(m).read is None else find_weights(weights_root, m), device) for m in chosen}
-
-# %% ../nbs/08_metrics.ipynb #3100365f
-def _thinned(source: Path, copy: Path, at_most: int) -> Path:
-    "`copy`, with at most so many pairs of `source`, evenly spread. Whatever was in `copy` is removed."
-    pairs = PairFolder(source/"ir", source/"vi")
-    shutil.rmtree(copy, ignore_errors=True)
-    for kind in ("ir", "vi"): (copy/kind).mkdir(parents=True)
-    for i in sorted({i * len(pairs) // at_most for i in range(at_most)}):
-        for kind, file in (("ir", pairs[i].ir), ("vi", pairs[i].vi)): shutil.copyfile(file, copy/kind/file.name)
-    return copy
-
-def pair_folders(data_root: str | Path,           # folder of data sets with ir/ and vi/ in each; "" for embedded scenes
-                 datasets: str | Sequence[str],   # their names, or one string with commas
-                 copies: Path,                    # where embedded scenes and thinned sets are written
-                 at_most: int = 0,                # pairs of a set; 0: all (24 embedded ones)
-                 size: int = 96,                  # side of the embedded scenes, in pixels
-                 seed: int = 0,                   # of the embedded scenes
-) -> dict[str, Path]:                             # data set -> folder with ir/ and vi/
-    "Pairs to fuse. Raises `CafError` if a data set is not there."
-    if not str(data_root):
-        folder = copies/"embedded"
-        shutil.rmtree(folder, ignore_errors=True)
-        for kind in ("ir", "vi"): (folder/kind).mkdir(parents=True)
-        for scene in SynthScenes(at_most or 24, size, seed=seed):
-            for kind, image in (("ir", scene.ir), ("vi", scene.vi)): write_png(folder/kind/f"{scene.stem}.png", image)
-        return {"embedded": folder}
-    names = [d.strip() for d in datasets.split(",") if d.strip()] if isinstance(datasets, str) else list(datasets)
-    found = {name: Path(data_root)/name for name in names}
-    if not found: raise CafError("no data set is named", data_root, "Name folders in it")
-    for folder in found.values(): PairFolder(folder/"ir", folder/"vi")  # raises where there are no pairs
-    return {name: _thinned(folder, copies/name, at_most) if at_most else folder for name, folder in found.items()}
 
 # %% ../nbs/08_metrics.ipynb #cf135d09
 def blur_window(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
