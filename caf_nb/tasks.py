@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from .core import CafError
@@ -81,6 +82,7 @@ _PROCESS_STATE = (
     (np.get_printoptions, lambda options: np.set_printoptions(**options)),
     (torch.serialization.get_safe_globals, _set_safe_globals),
     (lambda: torch.save, lambda save: setattr(torch, "save", save)),
+    (lambda: Image.open, lambda open_image: setattr(Image, "open", open_image)),
 )
 
 @contextmanager

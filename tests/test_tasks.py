@@ -464,3 +464,9 @@ def test_weights_of_the_original(original, tmp_path):
     torch.save({"model": Payload()}, tmp_path / "evil.pt")
     with pytest.raises(CafError, match="everything else in the pickle is refused"):
         original(M3FD_CLASSES, weights=tmp_path / "evil.pt")
+
+
+def test_pillow_opens_pictures_as_before():
+    "ultralytics replaces PIL.Image.open when it is imported; its own one fails on a text file that is called .png for want of another package."
+    code = 'from PIL import Image\nbefore = Image.open\nfrom caf_nb.tasks import Detector\nDetector(["a"])\nassert Image.open is before'
+    subprocess.run([sys.executable, "-c", code], check=True)
