@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .checkpoints import load_tensors, read_tensors
 from .core import CafError, seeded
 from .data import MFNET_CLASSES, Scene
-from .tasks import check_classes, check_images, optional
+from .tasks import check_images, check_masks, optional
 
 # %% ../nbs/05b_deeplab.ipynb #fc83ab24
 CITYSCAPES: dict[str, tuple[int, int, int]] = { # class -> its colour, in the order of the class indices
@@ -139,10 +139,7 @@ class DeepLab(nn.Module):
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
     ) -> Tensor:                   # scalar
         "Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes, unknown classes, and one image in training mode."
-        check_images(images, len(targets))
-        if targets.shape[1:] != images.shape[2:]:
-            raise CafError(f"images are {tuple(images.shape[2:])}, masks {tuple(targets.shape[1:])} pixels", remedy="Resize them together")
-        check_classes(targets, self.classes, self.ignore)
+        check_masks(images, targets, self.classes, self.ignore)
         if self.training and len(images) < 2:
             raise CafError("the pooled branch of the ASPP is normalised over the batch, which holds one image", remedy="Give at least two images, or call eval()")
         return F.cross_entropy(self.logits(images), targets.to(images.device), ignore_index=self.ignore)

@@ -11,7 +11,7 @@ __all__ = ['Beta', 'Task', 'TASKS', 'HOME', 'APART', 'OTHER', 'Stages', 'average
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pandas as pd
 import torch

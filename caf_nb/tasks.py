@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETECTORS', 'SEGMENTERS', 'Task', 'optional', 'contained_ultralytics', 'yolo_batch', 'Detector', 'check_images',
-           'check_classes', 'check_rows', 'Segmenter']
+           'check_classes', 'check_masks', 'check_rows', 'Segmenter']
 
 # %% ../nbs/05_tasks.ipynb #50838aec
 import atexit
@@ -236,6 +236,13 @@ def check_classes(labels: Tensor,         # any shape
     wrong = labels[((labels < 0) | (labels >= len(classes))) & (labels != ignore)]
     if len(wrong): raise CafError(f"class index {int(wrong[0])} in the labels, but there are {len(classes)} classes", remedy="Map the labels by class name")
 
+def check_masks(images: Tensor, targets: Tensor, classes: Sequence[str], ignore: int) -> None:
+    "Raises `CafError` unless `targets` (B,H,W) are the masks of `images` (B,3,H,W), with known classes."
+    check_images(images, len(targets))
+    if targets.shape[1:] != images.shape[2:]:
+        raise CafError(f"images are {tuple(images.shape[2:])}, masks {tuple(targets.shape[1:])} pixels", remedy="Resize them together")
+    check_classes(targets, classes, ignore)
+
 def check_rows(rows: Tensor, classes: Sequence[str]) -> None:
     "Raises `CafError` unless `rows` are the boxes of one image, (n,5), with known classes."
     if rows.ndim != 2 or rows.shape[1] != 5:
@@ -310,10 +317,7 @@ class Segmenter(nn.Module):
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
     ) -> Tensor:                   # scalar
         "Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes and unknown classes."
-        check_images(images, len(targets))
-        if targets.shape[1:] != images.shape[2:]:
-            raise CafError(f"images are {tuple(images.shape[2:])}, masks {tuple(targets.shape[1:])} pixels", remedy="Resize them together")
-        check_classes(targets, self.classes, self.ignore)
+        check_masks(images, targets, self.classes, self.ignore)
         return self.net(pixel_values=(images - self.mean) / self.std, labels=targets.to(images.device)).loss
 
     def targets(self, batch: Batch) -> Tensor:
