@@ -38,14 +38,16 @@ FACES = {"ir": Face("Infrared", "#949494", "v"), "vi": Face("Visible", "#56b4e9"
          "tardal": Face("TarDAL", "#ece133", "*"),
          "caf_h": Face("CAF_H", "#f7cbb0", "<"), "caf_r": Face("CAF_R", "#f2a97e", ">"), "caf_a": Face("CAF_A", "#e58a57", "p"),
          "caf_swapped": Face("CAF (other task's loss)", "#a65a2a", "H"), "caf_joint": Face("CAF (joint training)", "#6b3410", "8"),
+         "caf_steady": Face("CAF (steadier search)", "#b5651d", "H"), "caf_whole": Face("CAF (whole scenes)", "#8c5a3c", "8"),
          "caf": Face("CAF", "#d55e00", "o")}
 
 def face(method: str, # any row of a table
 ) -> Face:
-    "How a method appears: those of the paper as in `FACES`, X_p as X with the suffix, whatever else in gray under its own name."
+    "How a method appears: those of the paper as in `FACES`, X_p, X_h, X_r and X_a as X with the suffix, whatever else in gray under its own name."
     if method in FACES: return FACES[method]
-    base = FACES.get(method.removesuffix("_p")) if method.endswith("_p") else None
-    return Face(f"{base.name}_p", base.colour, base.marker) if base else Face(method, "#4d4d4d", ".")
+    network, _, kind = method.rpartition("_")
+    base = FACES.get(network) if kind in tuple("phra") else None
+    return Face(f"{base.name}_{kind if kind == 'p' else kind.upper()}", base.colour, base.marker) if base else Face(method, "#4d4d4d", ".")
 
 def _in_order(methods: Iterable[str]) -> list[str]:
     "The methods of the paper in its order, X_p behind X, then the others as they come."
@@ -284,16 +286,16 @@ def _summary_table(folder: Path, columns: Sequence[tuple[int, str, str]]) -> str
     rows = [[face(m).name, *(entry(*part, m) for part in parts.values())] for m in _in_order(m for found, _ in parts.values() for m in found.index)]
     return _markdown(["row", *parts], rows) if rows else ""
 
-def _claims_table(folder: Path) -> str:
+def _claims_table(folder: Path, name: str, heading: str, intro: str) -> str:
     "The verdict of each claim, with its differences and intervals."
-    if not (folder/"claims.json").is_file(): return ""
-    compared, about = pd.read_csv(folder/"claims.csv"), json.loads((folder/"claims.json").read_text())
+    if not (folder/f"{name}.json").is_file(): return ""
+    compared, about = pd.read_csv(folder/f"{name}.csv"), json.loads((folder/f"{name}.json").read_text())
     def difference(c):
         spread, few = "" if np.isnan(c.low) else f" [{c.low:+.1f}, {c.high:+.1f}]", f" (n = {c.n})" if c.n < len(about["seeds"]) else ""
         return f"{face(c.row).name} – {face(c.against).name}, {c.metric}: " + ("not run" if np.isnan(c.effect) else f"{c.effect:+.1f}{spread}{few}")
     rows = [[claim["claim"], claim["sentence"], f"**{claim['verdict']}**", "; ".join(difference(c) for c in compared[compared.claim == claim["claim"]].itertuples())] for claim in about["claims"]]
-    table = _markdown(["", "claim of the paper", "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
-    return f"Over the seeds {', '.join(map(str, about['seeds']))}:\n\n{table}"
+    table = _markdown(["", heading, "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
+    return f"{intro} Over the seeds {', '.join(map(str, about['seeds']))}:\n\n{table}".lstrip()
 
 def results_summary(folder: str | Path, # of a profile's results
                     profile: Profile,
@@ -301,6 +303,7 @@ def results_summary(folder: str | Path, # of a profile's results
     "What was measured, as far as it is finished."
     folder = Path(folder)
     about, tables = f"Profile `{profile.name}`: {profile.note}.", list(filter(None, (_summary_table(folder, columns) for columns in _SUMMARY)))
-    parts = [_claims_table(folder), *(["One seed, in percent; MI and VIF in their own units:"] if tables else []), *tables]
+    parts = [_claims_table(folder, "claims", "claim of the paper", ""), _claims_table(folder, "controls", "what was tried", "To find causes, after these verdicts were known."),
+             *(["One seed, in percent; MI and VIF in their own units:"] if tables else []), *tables]
     if (folder/"figure5.png").is_file(): parts.append(f"![The weights that two searches found]({profile.home}/{profile.name}/figure5.png)")
     return "\n\n".join([about, *(filter(None, parts))]) if any(parts) else f"{about} None is finished yet."

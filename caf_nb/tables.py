@@ -9,6 +9,7 @@ __all__ = ['Beta', 'Task', 'TASKS', 'HOME', 'APART', 'OTHER', 'Stages', 'average
 
 # %% ../nbs/09c_tables.ipynb #189d8bc0
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,15 @@ class Setup(BaseModel):
         settings = {name: value.model_copy(update=longer[name]) for name, value in self.judge(task).items()}
         return Pretrain(data=Data(name=HOME[task], settings=school.data, seed=APART), infra=self.infra, **settings)
 
+    def changed(self, part: Literal["search", "fusion"], **settings: Any) -> "Setup":
+        "The same with other settings of one part of the profile."
+        profile = self.profile.model_copy(update={part: getattr(self.profile, part).model_copy(update=settings)})
+        return self.model_copy(update={"profile": profile})
+
+    def steady(self) -> "Setup":
+        "The same with four times as many scenes in a step of beta."
+        return self.changed("search", val_batch_size=4 * self.profile.search.batch_size)
+
     def search(self, task: Task, network: str = "caf") -> Search:
         "Find the loss of a network for a task."
         return Search(data=self.data(HOME[task]), settings=self.profile.search, network=network, vgg=self.profile.vgg, start=self.start(task), seed=self.seed,
@@ -99,12 +109,15 @@ class Setup(BaseModel):
     def model(self, task: Task, row: str) -> TrainFusion | TrainJoint | Method | Results:
         "How a row fuses. Raises `CafError` on an unknown one."
         if brought(self.fused_root, row): return Results(root=str(Path(self.fused_root).resolve()), method=row)
-        given = {"caf_a": average_weights, "caf_h": hand_crafted_weights, "caf_r": lambda: random_weights(self.seed)}
-        if row in given: return self.train("detection", Weighted(beta=given[row](), vgg=self.profile.vgg)) # one network for both tasks
+        given = {"a": average_weights, "h": hand_crafted_weights, "r": lambda: random_weights(self.seed)}
+        network, _, kind = row.rpartition("_")
+        if network and kind in given: return self.train("detection", Weighted(beta=given[kind](), vgg=self.profile.vgg), known(network)) # one network for both tasks
         if row == "caf": return self.train(task, self.search(task))
         if row == "caf_swapped": return self.train(OTHER[task], self.search(OTHER[task]))
         if row == "caf_joint": return self.joint(task)
-        if row.endswith("_p"): return self.train(task, self.search(task, known(row.removesuffix("_p"))), row.removesuffix("_p"))
+        if row == "caf_whole": return self.changed("fusion", crop=None).model(task, "caf")
+        if row == "caf_steady": return self.steady().model(task, "caf")
+        if network and kind == "p": return self.train(task, self.search(task, known(network)), network)
         if known(row) in self.trained and find_weights(self.weights_root, row) is None: return self.train("detection", self.own_loss(), row)
         return Method(method=row, weights=weights_file(self.weights_root, row))
 
@@ -137,7 +150,7 @@ def known(network: str) -> str:
 def check(setup: Setup, rows: Sequence[str]) -> None:
     "Raises `CafError` on an unknown row, and one that names everything a table would lack later."
     for row in rows:
-        if not brought(setup.fused_root, row): find_method("caf" if row.startswith("caf_") else row.removesuffix("_p"))
+        if not brought(setup.fused_root, row): find_method("caf" if row.startswith("caf_") else re.sub("_[phra]$", "", row))
     profile = setup.profile.model_copy(update={"trained": setup.trained})
     require(needs(profile, setup.data_root, setup.weights_root, setup.fused_root, rows, setup.cache))
 
