@@ -48,13 +48,13 @@ def shown(out: Path) -> str:
 
 @pytest.mark.slow
 def test_figure6_smoke(tmp_path):
-    "Without weights only the sources, the network of the package and the method that is trained here are shown; who is not is said."
+    "Without weights only the sources, the network of the package and the methods that are trained here are shown; who is not is said."
     done = figure6(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
-    assert list(origin.index) == ["ir", "vi", "reconet", "caf"]
+    assert list(origin.index) == ["ir", "vi", "umfusion", "reconet", "u2fusion", "caf"]
     assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 8 steps on embedded m3fd"
-    for name in ("DIDFuse", "SDNet", "UMFusion", "DeFusion", "U2Fusion", "TarDAL"):
+    for name in ("DIDFuse", "SDNet", "DeFusion", "TarDAL"):
         assert f"{name} is left out: there are no weights of it" in shown(tmp_path)
     assert len(list((tmp_path / "results").glob("figure6_embedded_*.png"))) == 2
 
@@ -66,7 +66,7 @@ def test_figure6_on_real_pairs(shared, tmp_path):
     (tmp_path / "fused/mine/tno").mkdir(parents=True)
     write_png(tmp_path / "fused/mine/tno/05.png", read_image(next((shared / "data/tno/ir").glob("05.*"))))
     done = figure6(tmp_path, data_root=str(shared / "data"), weights_root=str(shared / "weights"), fused_root=str(tmp_path / "fused"),
-                   pairs="tno/05", trained="", methods="ir,vi,didfuse,sdnet,umfusion,defusion,reconet,u2fusion,tardal,mine,caf")
+                   pairs="tno/05", methods="ir,vi,didfuse,sdnet,umfusion,defusion,reconet,u2fusion,tardal,mine,caf")
     assert done.returncode == 0, done.stderr[-2000:]
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
     assert set(origin.index) == {"ir", "vi", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "mine", "caf"}
