@@ -19,9 +19,9 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from .checkpoints import load_tensors, read_tensors
-from .core import CafError, seeded
+from .core import CafError, optional, seeded
 from .data import MFNET_CLASSES, Scene
-from .tasks import check_images, check_masks, optional
+from .tasks import check_images, check_masks
 
 # %% ../nbs/05b_deeplab.ipynb #fc83ab24
 CITYSCAPES: dict[str, tuple[int, int, int]] = { # class -> its colour, in the order of the class indices
@@ -78,8 +78,8 @@ class _Network(nn.Module):
 
     def __init__(self, model: str, classes: int):
         super().__init__()
-        smp = optional("segmentation_models_pytorch")
-        aspp = optional("segmentation_models_pytorch.decoders.deeplabv3.decoder").ASPP
+        smp = optional("segmentation_models_pytorch", "tasks")
+        aspp = optional("segmentation_models_pytorch.decoders.deeplabv3.decoder", "tasks").ASPP
         if model == "mobilenet": self.backbone, low, high = _MobileNet(smp.encoders.get_encoder("mobilenet_v2", weights=None, output_stride=16)), 24, 320
         else:
             self.backbone, low, high = smp.encoders.get_encoder("resnet101", weights=None, output_stride=16), 256, 2048

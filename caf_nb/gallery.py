@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .core import CafError, Profile
 from .data import PairFolder, Scene, read_pair, write_png
 from .fusion import find_weights
-from .inputs import FOLDERS, Data, read_part
+from .inputs import FOLDERS, Data, plain_name, read_part
 from .stages import Method, Published, Results, TrainFusion, few_names
 from .synth import SynthScenes
 from .zoo import find_method
@@ -36,7 +36,7 @@ def _pairs(root: Path, name: str) -> dict[str, Callable[[], Scene]]:
 
 def _sets(root: Path) -> list[str]:
     "The names of the data sets in a folder, in either form."
-    archives = {"".join(c for c in p.name.lower() if c.isalnum()) for p in root.iterdir() if p.is_dir() and not (p/"vi").is_dir()} if root.is_dir() else set()
+    archives = {plain_name(p) for p in root.iterdir() if p.is_dir() and not (p/"vi").is_dir()} if root.is_dir() else set()
     return sorted([p.parent.name for p in root.glob("*/vi") if (p.parent/"ir").is_dir()] + [name for name, spellings in FOLDERS.items() if archives & set(spellings)])
 
 class Sample(NamedTuple):
@@ -126,8 +126,8 @@ def gallery(methods: Sequence[str],          # names in `caf_nb.zoo.METHODS`, or
         elif (entry := find_method(method)).read is None or find_weights(weights_root, method):
             models[method] = Method(method=method, weights=weights_file(weights_root, method))
         elif method in trained:
-            short = Published(epochs=profile.fusion.epochs, batch_size=profile.fusion.batch_size)
-            models[method] = TrainFusion(data=Data(name="m3fd", settings=profile.data, seed=seed), network=method, loss=short, seed=seed,
+            short = Published(epochs=profile.fusion.epochs, batch_size=profile.fusion.batch_size, crop=profile.fusion.crop)
+            models[method] = TrainFusion(data=Data(name="m3fd", settings=profile.data, seed=seed), network=method, loss=short, seed=seed, # as in the tables
                                          infra={"folder": str(Path(cache).resolve())})
         else:
             left_out[method] = f"{entry.title} is left out: there are no weights of it (weights_root/{method}/{entry.weights}, published at {entry.page})."

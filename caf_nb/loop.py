@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['History', 'write_state', 'read_state', 'fingerprint', 'spelled', 'loose_state', 'load_loose_state', 'filling', 'Part',
-           'batch_parts', 'half_type', 'optional', 'Engine', 'stalled', 'Log']
+           'batch_parts', 'half_type', 'Engine', 'stalled', 'Log']
 
 # %% ../nbs/06d_loop.ipynb #95059b2f
 import hashlib
-import importlib
 import shutil
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +22,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchvision.utils import make_grid
-from tqdm import TqdmWarning
 
-from .core import CafError, replacing
+from .core import CafError, optional, replacing
 from .search import NotFinite
 
 # %% ../nbs/06d_loop.ipynb #9bedd521
@@ -138,21 +134,11 @@ def batch_parts(n: int,              # scenes in the batch
     mine = torch.arange(n).tensor_split(processes)[rank]
     return [Part(p, len(p) / n) for p in mine.tensor_split(accumulate) if len(p)] or [Part(torch.tensor([0]), 0.)]
 
-# %% ../nbs/06d_loop.ipynb #5aa5cf36
+# %% ../nbs/06d_loop.ipynb #a4918f3d
 def half_type(where: torch.device) -> torch.dtype | None: # None: float32
     "The half precision of a device."
     if where.type != "cuda": return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-def optional(module: str, # e.g. "accelerate"
-) -> ModuleType:
-    "Import a library that only training needs. Raises `CafError` if it is not installed."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TqdmWarning)  # that a notebook has no widgets for bars which nobody shows
-            return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise CafError(f"{error.name} is not installed", remedy='Run pip install "caf_nb[train]"') from None
 
 # %% ../nbs/06d_loop.ipynb #6ad113de
 class Engine:
@@ -161,7 +147,7 @@ class Engine:
     def __init__(self, where: torch.device,  # where the network is; several processes take a device each instead
                  accumulate: int = 1,        # parts in which a process computes its share of a batch
     ):
-        library = optional("accelerate")
+        library = optional("accelerate", "train")
         spread = library.DistributedDataParallelKwargs(find_unused_parameters=True)  # a network may have layers that a loss does not read
         try: self.accelerator = library.Accelerator(mixed_precision="no", device_placement=False, kwargs_handlers=[spread])
         except (ValueError, NotImplementedError) as error:  # somebody set it up in another way before, or has cards that it cannot connect
@@ -183,7 +169,7 @@ class Engine:
         "`module` on the device of this process, with the tensors that it has in the first one."
         module.to(self.where)
         if self.processes > 1:
-            for tensor in module.state_dict().values(): optional("accelerate.utils").broadcast(tensor.detach())
+            for tensor in module.state_dict().values(): optional("accelerate.utils", "train").broadcast(tensor.detach())
         return module
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -213,7 +199,7 @@ class Engine:
     def random(self) -> list[list[Tensor]]:
         "The states of PyTorch's generators, a list for each process: the CPU's, and the card's if there is one."
         mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.where)] if self.where.type == "cuda" else [])
-        return [mine] if self.processes == 1 else optional("accelerate.utils").gather_object([mine])
+        return [mine] if self.processes == 1 else optional("accelerate.utils", "train").gather_object([mine])
 
     def set_random(self, states: list[list[Tensor]]) -> None:
         "Set what `random` gave; the number of processes has to be the same."
@@ -242,7 +228,7 @@ class Log:
     def __init__(self, folder: str | Path | None,
                  start: int = 0,  # the step with which this run begins
     ):
-        self.writer = None if folder is None else optional("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=start)
+        self.writer = None if folder is None else optional("torch.utils.tensorboard", "train").SummaryWriter(str(folder), purge_step=start)
 
     def __bool__(self) -> bool: return self.writer is not None
     def __enter__(self) -> "Log": return self

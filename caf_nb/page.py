@@ -42,7 +42,7 @@ class Part(NamedTuple):
     cells: bool = False  # whether it shows finished numbers of the profile
 
 PARTS = {"table1": Part(cells=True), "table2": Part(("table1",), cells=True), "table3": Part(("table2",), cells=True),
-         "figure2": Part(("table1",), cells=True), "figure3": Part(("table2",), cells=True), "figure5": Part(("table2",)), "figure6": Part(("table3",)),
+         "figure2": Part(("table1",), cells=True), "figure3": Part(("table2",), cells=True), "figure5": Part(("table2",)), "figure6": Part(("table3",)), "figure7": Part(("figure6",)),
          "claims": Part(("table3", "figure5", "figure6", "discrepancies"), cells=True), "discrepancies": Part(("table1",), cells=True)}
 LAST = "benchmark"
 CHAPTERS = ("table", "figure", "claims", "discrepancies", "benchmark") # of the page

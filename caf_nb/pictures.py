@@ -19,12 +19,12 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from .core import CafError
+from .core import CafError, optional
 from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, luma, read_image
 from .losses import edges
 from .report import face
 from .tables import read_cell
-from .tasks import Detector, contained_ultralytics, optional
+from .tasks import Detector, contained_ultralytics
 
 # %% ../nbs/10b_pictures.ipynb #9d3a464f
 class Window(NamedTuple):
@@ -156,7 +156,7 @@ def detect(detector: Detector,
     "Objects that a detector finds. Works in evaluation mode and leaves the mode as it was."
     h, w = images.shape[-2:]
     with contained_ultralytics():
-        training, nms = detector.training, optional("ultralytics.utils.nms")
+        training, nms = detector.training, optional("ultralytics.utils.nms", "tasks")
         try: raw = detector.eval().net(F.pad(images, (0, -w % 32, 0, -h % 32), value=114 / 255))
         finally: detector.train(training)
         kept = nms.non_max_suppression(raw, confidence, overlap, max_det=most, nc=len(detector.classes))

@@ -297,6 +297,14 @@ def _claims_table(folder: Path, name: str, heading: str, intro: str) -> str:
     table = _markdown(["", heading, "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
     return f"{intro} Over the seeds {', '.join(map(str, about['seeds']))}:\n\n{table}".lstrip()
 
+def _differences_line(folder: Path) -> str:
+    "How far the released loss leads a search from the printed one."
+    if not (folder/"discrepancies.csv").is_file(): return ""
+    found = pd.read_csv(folder/"discrepancies.csv")
+    moved = found[found.measure == "moved"].set_index("what").value
+    return (f"With the released loss instead of the printed one, a search for detection ends {moved['released']:.0%} of the weight away; with another seed, {moved['another seed']:.0%} "
+            "([discrepancies](nbs/discrepancies.ipynb)).")
+
 def results_summary(folder: str | Path, # of a profile's results
                     profile: Profile,
 ) -> str:                               # Markdown
@@ -306,4 +314,5 @@ def results_summary(folder: str | Path, # of a profile's results
     parts = [_claims_table(folder, "claims", "claim of the paper", ""), _claims_table(folder, "controls", "what was tried", "To find causes, after these verdicts were known."),
              *(["One seed, in percent; MI and VIF in their own units:"] if tables else []), *tables]
     if (folder/"figure5.png").is_file(): parts.append(f"![The weights that two searches found]({profile.home}/{profile.name}/figure5.png)")
+    parts.append(_differences_line(folder))
     return "\n\n".join([about, *(filter(None, parts))]) if any(parts) else f"{about} None is finished yet."

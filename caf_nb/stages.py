@@ -305,9 +305,13 @@ class Method(BaseModel):
     method: str
     weights: str = ""           # a file; "" for those that come with the package
 
+    def fusion(self) -> nn.Module:
+        "The network, ready to fuse."
+        return load_fusion(self.method, self.weights or None, device())
+
     def pictures(self) -> Picture:
         "How a scene is fused. The infrared source stays gray: it must not borrow the colours of the visible one."
-        net = load_fusion(self.method, self.weights or None, device())
+        net = self.fusion()
         def gray(dataset, split, scene): return to_uint8(fuse(net, scene.ir, luma(scene.vi)))
         return gray if self.method == "ir" else _coloured(net)
 
