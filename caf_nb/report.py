@@ -297,6 +297,14 @@ def _claims_table(folder: Path, name: str, heading: str, intro: str) -> str:
     table = _markdown(["", heading, "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
     return f"{intro} Over the seeds {', '.join(map(str, about['seeds']))}:\n\n{table}".lstrip()
 
+def _diagnosis_table(folder: Path) -> str:
+    "The parts of the searches, one below the other."
+    if not (folder/"controls.json").is_file(): return ""
+    found = json.loads((folder/"controls.json").read_text()).get("diagnosis", [])
+    searches = [name for name in (found[0] if found else ()) if name != "question"]
+    table = _markdown(["", *(name.replace("_steady", ", steadier search") for name in searches)], [[row["question"], *(row[name] for name in searches)] for row in found])
+    return f"Where a search could have failed, smallest and largest value over the seeds:\n\n{table}" if found else ""
+
 def _differences_line(folder: Path) -> str:
     "How far the released loss leads a search from the printed one."
     if not (folder/"discrepancies.csv").is_file(): return ""
@@ -311,7 +319,7 @@ def results_summary(folder: str | Path, # of a profile's results
     "What was measured, as far as it is finished."
     folder = Path(folder)
     about, tables = f"Profile `{profile.name}`: {profile.note}.", list(filter(None, (_summary_table(folder, columns) for columns in _SUMMARY)))
-    parts = [_claims_table(folder, "claims", "claim of the paper", ""), _claims_table(folder, "controls", "what was tried", "To find causes, after these verdicts were known."),
+    parts = [_claims_table(folder, "claims", "claim of the paper", ""), _claims_table(folder, "controls", "what was tried", "To find causes, after these verdicts were known."), _diagnosis_table(folder),
              *(["One seed, in percent; MI and VIF in their own units:"] if tables else []), *tables]
     if (folder/"figure5.png").is_file(): parts.append(f"![The weights that two searches found]({profile.home}/{profile.name}/figure5.png)")
     parts.append(_differences_line(folder))
