@@ -36,7 +36,7 @@ def _check_complete(path: Path) -> None:
     "Let Pillow decode `path` once. Raises `CafError` if the file is not an image or ends too early."
     try:
         with Image.open(path) as image: image.load()
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, ImportError):  # once somebody imported ultralytics, Pillow asks for a reader of HEIF before it gives up
         raise CafError("is not an image", path, "Remove it, or export the picture again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CafError(f"cannot be decoded ({error})", path, "Copy or export the picture again") from None

@@ -215,7 +215,6 @@ def test_real_pairs_through_the_same_readers(shared):
 @pytest.mark.slow
 def test_from_an_archive_to_a_score(data_root, tmp_path):
     "Search, training, fusion and fine-tuning on a published tree; then the archive moves, and nothing is computed again."
-    pytest.importorskip("ultralytics")
     from caf_nb.stages import FinetuneDetector, FuseDataset, Search, TrainFusion
     smoke, cache = Profile.named("smoke"), {"folder": str(tmp_path / "stages")}
     archive = tmp_path / "here"

@@ -67,7 +67,7 @@ def test_data_are_there_if_they_can_be_read(small, data_root, tmp_path):
 
 @pytest.mark.slow
 def test_weights_are_there_if_they_load(small, tmp_path):
-    pytest.importorskip("ultralytics"), pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
     from caf_nb.tasks import Detector, Segmenter
     root = tmp_path / "weights"

@@ -144,7 +144,7 @@ def test_a_damaged_state_is_refused_by_name(wrong, scenes, space, yolo_folder, t
 
 def test_patience_is_that_of_ultralytics_and_survives_a_kill(yolo_folder, tmp_path):
     "Scores are planted: the first epoch is the best. The state knows, and a training that goes on after the second epoch stops after the third, too."
-    from ultralytics.models.yolo.detect import DetectionTrainer
+    with contained_ultralytics(): from ultralytics.models.yolo.detect import DetectionTrainer
 
     def scored(trainer):
         fitness = 0.5 - trainer.epoch / 10

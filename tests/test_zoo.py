@@ -163,7 +163,6 @@ def test_trains_with_the_loss_of_the_paper(method, space):
 @pytest.mark.parametrize("method", [name for name in TRAINED if name != "caf"])
 def test_a_loss_is_searched_through_its_network(method):
     "One step of Algorithm 1 moves beta: the detector's loss reaches it through the network, whatever layers that has besides."
-    pytest.importorskip("ultralytics")
     data = Data(name="m3fd", settings=DataSettings(source="embedded", size=64, train=2, val=2, test=2))
     settings = SearchSettings(epochs=1, batch_size=2, lr_fusion=1e-3, lr_task=1e-3)
     beta = torch.tensor(list(Search(data=data, settings=settings, detector=Profile.named("smoke").detector, network=method).run().beta.values()))
