@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'CafError', 'optional', 'seed_everything', 'seeded', 'replacing', 'device', 'DataSettings',
            'SearchSettings', 'FusionSettings', 'DetectorSettings', 'SegmenterSettings', 'PretrainSettings', 'Profile',
-           'environment']
+           'split_row', 'environment']
 
 # %% ../nbs/00_core.ipynb #e579059c
 import importlib
@@ -220,6 +220,13 @@ PROFILES = {p.name: p for p in (
             segmenter=SegmenterSettings(model="b1", steps=4000, batch_size=16, pretrained=True),
             vgg="imagenet", methods=("ir", "vi", *_COMPARED, "caf"), ablation=_ABLATION),
 )}
+
+# %% ../nbs/00_core.ipynb #9463c1cd
+def split_row(row: str,      # of a table
+) -> tuple[str, str]:        # method; "p" (searched loss), "h", "r" or "a" (hand-crafted, random or average weights), "" for none
+    "What is trained in a row, and how."
+    network, _, kind = row.rpartition("_")
+    return (network, kind) if network and kind in ("p", "h", "r", "a") else (row, "")
 
 # %% ../nbs/00_core.ipynb #736e8cb4
 _LIBRARIES = ("torch", "torchvision", "kornia", "torchmetrics", "ultralytics-opencv-headless", "ultralytics",

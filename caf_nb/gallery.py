@@ -126,8 +126,7 @@ def gallery(methods: Sequence[str],          # names in `caf_nb.zoo.METHODS`, or
         elif (entry := find_method(method)).read is None or find_weights(weights_root, method):
             models[method] = Method(method=method, weights=weights_file(weights_root, method))
         elif method in trained:
-            short = Published(epochs=profile.fusion.epochs, batch_size=profile.fusion.batch_size, crop=profile.fusion.crop)
-            models[method] = TrainFusion(data=Data(name="m3fd", settings=profile.data, seed=seed), network=method, loss=short, seed=seed, # as in the tables
+            models[method] = TrainFusion(data=Data(name="m3fd", settings=profile.data, seed=seed), network=method, loss=Published.like(profile.fusion), seed=seed,
                                          infra={"folder": str(Path(cache).resolve())})
         else:
             left_out[method] = f"{entry.title} is left out: there are no weights of it (weights_root/{method}/{entry.weights}, published at {entry.page})."

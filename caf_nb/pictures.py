@@ -23,7 +23,7 @@ from .core import CafError, optional
 from .data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, luma, read_image
 from .losses import edges
 from .report import face
-from .tables import read_cell
+from .tables import cell_file, read_cell
 from .tasks import Detector, contained_ultralytics
 
 # %% ../nbs/10b_pictures.ipynb #9d3a464f
@@ -132,7 +132,7 @@ def at_hand(stages: Mapping[str, Any], # row -> its stage
             seed: int,
 ) -> list[str]:
     "The rows that are finished here, or nowhere yet."
-    return [row for row, stage in stages.items() if stage.infra.status() == "completed" or read_cell(stage, cells/f"{dataset}-{row}-{seed}.json") is None]
+    return [row for row, stage in stages.items() if stage.infra.status() == "completed" or read_cell(stage, cell_file(cells, dataset, row, seed)) is None]
 
 def show_fused(folders: Mapping[str, Path],  # method -> folder that `FuseDataset` wrote
                which: int = 0,               # number of the test picture

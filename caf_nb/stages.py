@@ -194,6 +194,11 @@ class Published(BaseModel):
     batch_size: int | None = Field(None, ge=1)  # likewise
     crop: int | None = Field(None, ge=1)        # likewise: side of the squares, in pixels
 
+    @classmethod
+    def like(cls, fusion: FusionSettings) -> "Published":
+        "For as many epochs, in batches and on squares as large, as networks with a searched loss get."
+        return cls(epochs=fusion.epochs, batch_size=fusion.batch_size, crop=fusion.crop)
+
     def recipe(self, network: str) -> tuple[Recipe, ...]:
         "The stages of `network`, cut short if that is wanted. Raises `CafError` if none are known."
         stages, given = find_method(network).recipe, self.model_dump(exclude={"kind"}, exclude_none=True)

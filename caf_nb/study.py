@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .core import CafError
 from .losses import LETTERS, TERMS
 from .stages import Search
-from .tables import HOME, TASKS, Cell, Setup, cell, read_cell
+from .tables import HOME, TASKS, Cell, Setup, cell, cell_file, read_cell
 
 # %% ../nbs/09d_study.ipynb #eed95d2b
 METRIC = {"m3fd": "mAP@.5", "mfnet": "mIoU"} # what a claim about a data set is about
@@ -87,9 +87,9 @@ def run_seed(setup: Setup,             # its seed is the one that runs
     "The cells of one seed, with (\"search\", name) of `searches` for the weights."
     found: dict[tuple[str, str], Cell] = {}
     for name, stage in searches(setup, claims).items():
-        found["search", name] = cell(stage, Path(folder)/f"search-{name}-{setup.seed}.json")
+        found["search", name] = cell(stage, cell_file(folder, "search", name, setup.seed))
     for dataset, row in tqdm(needed(claims), desc=f"seed {setup.seed}", disable=not progress):
-        found[dataset, row] = cell(setup.score(dataset, row), Path(folder)/f"{dataset}-{row}-{setup.seed}.json")
+        found[dataset, row] = cell(setup.score(dataset, row), cell_file(folder, dataset, row, setup.seed))
     return found
 
 def _alone(setup: Setup, folder: Path, claims: Sequence[Claim]) -> dict[tuple[str, str], Cell]:
@@ -107,7 +107,7 @@ def run_study(setup: Setup,               # of any seed
     "Every cell of every seed. Raises `CafError` on no seed."
     if not seeds: raise CafError("there is no seed", remedy="Name one or more")
     setups, found = [setup.model_copy(update={"seed": seed}) for seed in seeds], {}
-    if not all((Path(folder)/f"{d}-{r}-{s}.json").is_file() for d, r in needed(claims) for s in seeds): _learn_first(setup)
+    if not all(cell_file(folder, d, r, s).is_file() for d, r in needed(claims) for s in seeds): _learn_first(setup)
     def keep(seed, cells): found.update({(*key, seed): value for key, value in cells.items()})
     if workers == 1:
         for one in setups: keep(one.seed, run_seed(one, folder, claims, progress))
@@ -127,7 +127,7 @@ def finished(setup: Setup,           # of any seed
     for seed in seeds:
         one = setup.model_copy(update={"seed": seed})
         stages = {("search", name): stage for name, stage in searches(one, claims).items()} | {(d, r): one.score(d, r) for d, r in needed(claims)}
-        found |= {(*key, seed): there for key, stage in stages.items() if (there := read_cell(stage, Path(folder)/f"{'-'.join(key)}-{seed}.json"))}
+        found |= {(*key, seed): there for key, stage in stages.items() if (there := read_cell(stage, cell_file(folder, *key, seed)))}
     return found
 
 def _learn_first(setup: Setup) -> None:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Beta', 'Task', 'TASKS', 'HOME', 'APART', 'OTHER', 'Stages', 'average_weights', 'random_weights',
-           'hand_crafted_weights', 'Setup', 'known', 'check', 'table1', 'table2', 'table3', 'Cell', 'read_cell', 'cell',
-           'cells', 'provenance', 'scores', 'configurations']
+           'hand_crafted_weights', 'Setup', 'known', 'check', 'table1', 'table2', 'table3', 'Cell', 'cell_file',
+           'read_cell', 'cell', 'cells', 'provenance', 'scores', 'configurations']
 
 # %% ../nbs/09c_tables.ipynb #189d8bc0
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from .core import CafError, Profile, environment, replacing
+from .core import CafError, Profile, environment, replacing, split_row
 from .fusion import find_weights
 from .gallery import brought, weights_file
 from .inputs import Data, detector_weights, fusion_blocks, segmenter_weights
@@ -110,21 +109,16 @@ class Setup(BaseModel):
         "How a row fuses. Raises `CafError` on an unknown one."
         if brought(self.fused_root, row): return Results(root=str(Path(self.fused_root).resolve()), method=row)
         given = {"a": average_weights, "h": hand_crafted_weights, "r": lambda: random_weights(self.seed)}
-        network, _, kind = row.rpartition("_")
-        if network and kind in given: return self.train("detection", Weighted(beta=given[kind](), vgg=self.profile.vgg), known(network)) # one network for both tasks
+        network, kind = split_row(row)
+        if kind in given: return self.train("detection", Weighted(beta=given[kind](), vgg=self.profile.vgg), known(network)) # one network for both tasks
         if row == "caf": return self.train(task, self.search(task))
         if row == "caf_swapped": return self.train(OTHER[task], self.search(OTHER[task]))
         if row == "caf_joint": return self.joint(task)
         if row == "caf_whole": return self.changed("fusion", crop=None).model(task, "caf")
         if row == "caf_steady": return self.steady().model(task, "caf")
-        if network and kind == "p": return self.train(task, self.search(task, known(network)), network)
-        if known(row) in self.trained and find_weights(self.weights_root, row) is None: return self.train("detection", self.own_loss(), row)
+        if kind == "p": return self.train(task, self.search(task, known(network)), network)
+        if known(row) in self.trained and find_weights(self.weights_root, row) is None: return self.train("detection", Published.like(self.profile.fusion), row)
         return Method(method=row, weights=weights_file(self.weights_root, row))
-
-    def own_loss(self) -> Published:
-        "The loss of a method's authors, for as many epochs and on as large squares as the others get."
-        fusion = self.profile.fusion
-        return Published(epochs=fusion.epochs, batch_size=fusion.batch_size, crop=fusion.crop)
 
     def joint(self, task: Task) -> TrainJoint:
         "Both networks at once, with the searched weights of the task."
@@ -150,7 +144,7 @@ def known(network: str) -> str:
 def check(setup: Setup, rows: Sequence[str]) -> None:
     "Raises `CafError` on an unknown row, and one that names everything a table would lack later."
     for row in rows:
-        if not brought(setup.fused_root, row): find_method("caf" if row.startswith("caf_") else re.sub("_[phra]$", "", row))
+        if not brought(setup.fused_root, row): find_method("caf" if row.startswith("caf_") else split_row(row)[0])
     profile = setup.profile.model_copy(update={"trained": setup.trained})
     require(needs(profile, setup.data_root, setup.weights_root, setup.fused_root, rows, setup.cache))
 
@@ -186,6 +180,10 @@ class Cell(BaseModel):
     @property
     def scores(self) -> dict[str, float]: return {name: math.nan if value is None else value for name, value in self.values.items()}
 
+def cell_file(folder: str | Path, dataset: str, row: str, seed: int) -> Path:
+    "Where the numbers of a row are."
+    return Path(folder)/f"{dataset}-{row}-{seed}.json"
+
 def read_cell(stage: Any, file: Path) -> Cell | None:
     "What `file` holds of `stage`; None if it is absent or another configuration's. Raises `CafError` if it cannot be read."
     if not file.is_file(): return None
@@ -216,7 +214,7 @@ def cells(stages: Mapping[tuple[str, str], Any], # of a table
     with tqdm(stages.items(), desc="cells", disable=not progress) as bar:
         for (dataset, row), stage in bar:
             bar.set_postfix_str(f"{dataset} {row}")
-            found[dataset, row] = cell(stage, Path(folder)/f"{dataset}-{row}-{seed}.json")
+            found[dataset, row] = cell(stage, cell_file(folder, dataset, row, seed))
     return found
 
 # %% ../nbs/09c_tables.ipynb #deb00023
