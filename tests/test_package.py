@@ -29,7 +29,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "caf_nb").rglob("*") if p.suffix in (".py", ".safetensors", ".json")}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "caf_nb").rglob("*") if p.suffix in (".py", ".safetensors", ".json", ".csv")}
     assert modules <= set(names)
     assert {Path(n).parts[0] for n in names if ".dist-info" not in n} == {"caf_nb"}
 
