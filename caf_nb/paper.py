@@ -66,6 +66,7 @@ def footnoted(style: Styler,             # rows: methods; columns: (data set, me
               found: Sequence[Note],     # of `notes`
               part: tuple[str, ...] = (), # the rest of a column's label
               caption: str = "",         # above the notes
+             name: Callable[[str], str] = str, # how a row is called
 ) -> Styler:
     "Superscripts at the noted cells; below the table the caption and the notes on what it shows."
     columns, texts, general = {c[:2] for c in style.columns}, {}, []
@@ -73,7 +74,7 @@ def footnoted(style: Styler,             # rows: methods; columns: (data set, me
         column = note.dataset, note.metric
         if (note.row and note.row not in style.index) or (note.metric and column not in columns): continue
         if not (note.row and note.metric):
-            general.append(f"{note.row or note.metric}: {note.text}")
+            general.append(f"{name(note.row) if note.row else note.metric}: {note.text}")
             continue
         mark = texts.setdefault(note.text, str(len(texts) + 1).translate(_SUPERSCRIPT))
         style = style.format(number_format(note.metric) + mark, subset=([note.row], [(*column, *part)]))
