@@ -19,7 +19,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from caf_nb.core import DetectorSettings, FusionSettings, SegmenterSettings
+from caf_nb.config import DetectorSettings, FusionSettings, SegmenterSettings
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
 from caf_nb.fusion import FusionNet
 from caf_nb.losses import LossSpace

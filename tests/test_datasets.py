@@ -19,11 +19,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import caf_nb.data
-from caf_nb.archives import Blocks, Checked, blocks, check, deal, find_scenes, make_split, prepare, read_blocks
-from caf_nb.cli_data import data_app
+from caf_nb.data import Blocks, Checked, blocks, check, deal, find_scenes, make_split, prepare, read_blocks
+from caf_nb.cli import data_app
 from caf_nb.core import CafError
 from caf_nb.data import M3FD_CLASSES, MULTISPECTRAL_CLASSES, PairFolder, collate, read_pair
-from caf_nb.datasets import DISJOINT, M3FD, MSRS, NOTES, READERS, MFNet, Multispectral, RoadScene, Split, load_dataset, read_split, write_split
+from caf_nb.data import DISJOINT, M3FD, MSRS, NOTES, READERS, MFNet, Multispectral, RoadScene, Split, load_dataset, read_split, write_split
 from caf_nb.synth import SynthScenes
 from published import N, SIZE, TREES, gray, rgb, save, voc, write
 
@@ -469,7 +469,7 @@ def test_prepared_parts_can_be_loaded(trees, tmp_path):
 
 def test_the_detector_reads_a_prepared_folder(trees, tmp_path):
     "The classes and parts of data.yaml are those that training expects."
-    from caf_nb.detector_training import _check_split
+    from caf_nb.train.detector import _check_split
     made = prepare("m3fd", trees / "m3fd", tmp_path, ratio=(2, 1, 1), n=10, size=32, progress=False)
     for part in DISJOINT: _check_split(made.yolo["vi"], part, M3FD_CLASSES)
 
@@ -528,7 +528,7 @@ def test_killed_and_started_again(tmp_path):
 
 
 def test_help_without_torch():
-    code = "import sys, caf_nb.cli_data as c; c.data_app(['check', '--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    code = "import sys, caf_nb.cli as c; c.data_app(['check', '--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0 and "--json" in run.stdout
 

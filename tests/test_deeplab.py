@@ -16,7 +16,7 @@ from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Task
 
 pytest.importorskip("segmentation_models_pytorch", reason="DeepLab needs segmentation-models-pytorch")
-from caf_nb.deeplab import CITYSCAPES_CLASSES, DEEPLABS, DeepLab, find_deeplab, segment, shared_classes, show_segmented  # noqa: E402
+from caf_nb.tasks import CITYSCAPES_CLASSES, DEEPLABS, DeepLab, find_deeplab, segment, shared_classes, show_segmented# noqa: E402
 
 GAIN = {"mobilenet": 6, "resnet101": 2}  # so that neither network's answer vanishes or explodes
 

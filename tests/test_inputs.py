@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from caf_nb.core import CafError, DataSettings, Profile
+from caf_nb.core import CafError
+from caf_nb.config import DataSettings, Profile
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, collate
-from caf_nb.datasets import load_dataset, read_split
-from caf_nb.inputs import CLASSES, SPLITS, BlockData, Data, Held, find_root, fusion_blocks, held, squared
+from caf_nb.data import load_dataset, read_split
+from caf_nb.sources import CLASSES, SPLITS, BlockData, Data, Held, find_root, fusion_blocks, held, squared
 from published import N, SIZE, TREES, save, voc, write
 
 SETTINGS = DataSettings(source="published", size=32)

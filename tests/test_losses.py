@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from caf_nb.core import CafError
-from caf_nb.losses import TERMS, LossSpace, load_vgg, saliency_weights
+from caf_nb.losses import TERMS, LossSpace, saliency_weights
+from caf_nb.vgg import load_vgg
 
 
 @pytest.fixture

@@ -17,11 +17,7 @@ from typer.testing import CliRunner
 from caf_nb.cli import eval_app
 from caf_nb.core import CafError
 from caf_nb.data import read_image, write_png
-from caf_nb.metrics import (
-    CONVENTIONS, METRICS, average_gradient, blur_separable, blur_window, correlation_coefficient, edge_transfer, entropy, evaluate_fusion, measure,
-    multiscale_structural_similarity, mutual_information, peak_signal_to_noise_ratio, plain_metrics, spatial_frequency, standard_deviation,
-    structural_similarity, sum_of_correlations_of_differences, visual_information_fidelity,
-)  # fmt: skip
+from caf_nb.metrics import CONVENTIONS, METRICS, average_gradient, blur_separable, blur_window, correlation_coefficient, edge_transfer, entropy, evaluate_fusion, measure, multiscale_structural_similarity, mutual_information, peak_signal_to_noise_ratio, plain_metrics, spatial_frequency, standard_deviation, structural_similarity, sum_of_correlations_of_differences, visual_information_fidelity  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [name for name, metric in METRICS.items() if metric.sources]

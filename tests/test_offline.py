@@ -28,7 +28,7 @@ socket.socket = Refused
 TRAIN = """
 import pathlib, tempfile
 import torch
-from caf_nb.core import Profile
+from caf_nb.config import Profile
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import DeepLab, Detector, Segmenter, contained_ultralytics

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from caf_nb.data import read_image
-from caf_nb.tables import Cell
+from caf_nb.rows import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 

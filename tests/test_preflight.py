@@ -10,9 +10,10 @@ from published import TREES, write
 from safetensors.torch import save_file
 
 from caf_nb import preflight
-from caf_nb.core import CafError, DataSettings, DetectorSettings, FusionSettings, Profile
-from caf_nb.inputs import Data, fusion_blocks
-from caf_nb.preflight import Bench, Need, Tried, check, describe, estimate, plan, require, unfinished
+from caf_nb.core import CafError
+from caf_nb.config import DataSettings, DetectorSettings, FusionSettings, Profile
+from caf_nb.sources import Data, fusion_blocks
+from caf_nb.needs import Bench, Need, Tried, check, describe, estimate, plan, require, unfinished
 from caf_nb.zoo import build_network
 
 ROWS = ("ir", "vi", "reconet", "umfusion_p", "caf", "caf_a")
@@ -89,7 +90,7 @@ def test_weights_are_there_if_they_load(small, tmp_path):
 
 def untrained_vgg() -> dict[str, torch.Tensor]:
     "All convolutions of a VGG-16 that nobody trained."
-    from caf_nb.losses import _random_layers
+    from caf_nb.vgg import _random_layers
     return _random_layers(0).state_dict()
 
 

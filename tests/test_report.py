@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from caf_nb.cli import report_app
-from caf_nb.core import Profile
-from caf_nb.page import Ledger, Ran, build_report, run_notebook, write_page
+from caf_nb.config import Profile
+from caf_nb.report import Ledger, Ran, build_report, run_notebook, write_page
 from caf_nb.report import COLUMNS, ROWS, compare, results_summary, show_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,14 +12,17 @@ import pandas as pd
 import pytest
 import torch
 
-from caf_nb.core import CafError, SearchSettings
+from caf_nb.core import CafError
+from caf_nb.config import SearchSettings
 from caf_nb.data import MFNET_CLASSES, collate, luma, recolor
 from caf_nb.fusion import FusionNet
 from caf_nb.losses import TERMS, LossSpace
-from caf_nb.search import NotFinite, hypergradient, search
+from caf_nb.loop import NotFinite
+from caf_nb.hypergradient import hypergradient
+from caf_nb.search import search
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter
-from caf_nb.textbook import peak_memory, textbook_hypergradient
+from caf_nb.oracle import peak_memory, textbook_hypergradient
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_a_state_of_something_else_is_refused(space, tmp_path):
 PROGRAM = textwrap.dedent("""
     import sys, torch
     torch.set_num_threads(1)
-    from caf_nb.core import SearchSettings
+    from caf_nb.config import SearchSettings
     from caf_nb.data import MFNET_CLASSES
     from caf_nb.fusion import FusionNet
     from caf_nb.losses import RELEASED, LossSpace

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from caf_nb.core import CafError, DetectorSettings, Profile, SegmenterSettings
+from caf_nb.core import CafError
+from caf_nb.config import DetectorSettings, Profile, SegmenterSettings
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, read_image, to_uint8
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter, Task, contained_ultralytics
@@ -310,7 +311,7 @@ def coco(tmp_path_factory):
     "A file that ultralytics writes at the end of a training on the 80 classes of COCO, in half precision."
     import yaml
 
-    from caf_nb.tasks import _detection_network
+    from caf_nb.tasks.detector import _detection_network
 
     file = tmp_path_factory.mktemp("coco") / "yolov5nu.pt"
     with contained_ultralytics():
@@ -384,7 +385,7 @@ def test_a_segmenter_starts_from_an_imagenet_encoder(tmp_path, pickled, half):
 @pytest.fixture(scope="module")
 def original():
     pytest.importorskip("yolov5", reason='optional: pip install --no-deps yolov5 "setuptools<81"')
-    from caf_nb.anchors import AnchorDetector
+    from caf_nb.tasks import AnchorDetector
 
     return AnchorDetector
 
@@ -396,9 +397,9 @@ import logging, os, sys, pathlib, matplotlib, pandas as pd, numpy as np, torch
 def state():
     return (dict(os.environ), list(sys.path), matplotlib.get_backend(), dict(matplotlib.rcParams), pd.get_option("display.max_columns"), str(np.get_printoptions()),
             str(torch._tensor_str.PRINT_OPTS), torch.get_num_threads(), torch.get_rng_state().tolist(), logging.getLogger().level)
-import caf_nb.anchors
+import caf_nb.tasks.anchors
 before = state()
-detector = caf_nb.anchors.AnchorDetector(("a", "b"))
+detector = caf_nb.tasks.anchors.AnchorDetector(("a", "b"))
 after = state()
 assert after == before, [i for i, (a, b) in enumerate(zip(after, before)) if a != b]
 assert not [p for p in pathlib.Path.home().rglob("*") if "ltralytics" in p.name]

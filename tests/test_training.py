@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from caf_nb import loop
-from caf_nb.core import CafError, DetectorSettings, FusionSettings, SegmenterSettings
+from caf_nb.core import CafError
+from caf_nb.config import DetectorSettings, FusionSettings, SegmenterSettings
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
 from caf_nb.fusion import FusionNet
 from caf_nb.losses import LossSpace
@@ -169,7 +170,7 @@ def test_patience_is_that_of_ultralytics_and_survives_a_kill(yolo_folder, tmp_pa
 def test_the_trainer_can_be_sent_to_another_process(yolo_folder, tmp_path):
     "For several cards ultralytics pickles it, which is all of that way that a machine without cards can try."
     cloudpickle = pytest.importorskip("cloudpickle")
-    from caf_nb.detector_training import _run_trainer, _settings, _trainer_class
+    from caf_nb.train.detector import _run_trainer, _settings, _trainer_class
 
     detector = Detector(M3FD_CLASSES)
     with contained_ultralytics():
@@ -187,7 +188,7 @@ LAUNCHED = """
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[2])
     from caf_nb.data import MFNET_CLASSES
-    from caf_nb.core import SegmenterSettings
+    from caf_nb.config import SegmenterSettings
     from caf_nb.losses import LossSpace
     from caf_nb.synth import SynthScenes
     from caf_nb.tasks import Segmenter

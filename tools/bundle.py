@@ -5,10 +5,10 @@ untrained detector leans to one source, and what people want from a default is a
 Run from the root of the project: .venv/bin/python tools/bundle.py
 """
 
-from caf_nb.core import FusionSettings, Profile
+from caf_nb.config import FusionSettings, Profile
 from caf_nb.fusion import save_fusion
 from caf_nb.losses import TERMS
-from caf_nb.inputs import Data
+from caf_nb.sources import Data
 from caf_nb.stages import TrainFusion, Weighted
 
 mini = Profile.named("mini")

@@ -6,7 +6,7 @@ Run from the root of the project, after `make report PROFILE=mini`: .venv/bin/py
 import re
 from pathlib import Path
 
-from caf_nb.core import Profile
+from caf_nb.config import Profile
 from caf_nb.report import results_summary
 
 BLOCK = re.compile(r"(<!-- results: [^\n]*-->\n).*?(<!-- end of results -->)", re.DOTALL)
