@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,4 +17,18 @@ def test_snippet(code):
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", README))))
 def test_links(target):
-    assert (ROOT / target).is_file(), f"README.md links to {target}, which is not there"
+    assert (ROOT / target).exists(), f"README.md links to {target}, which is not there"
+
+
+def test_results():
+    "The numbers of the section Results are those of results/mini, and every claim that it calls decided is."
+    found = pd.read_csv(ROOT / "results/mini/claims.csv").set_index(["claim", "against", "metric"])
+    section = README.split("## Results")[1].split("\n## ")[0]
+    for key in (("C1", "caf_a", "mAP@.5"), ("C1", "caf_r", "mAP@.5"), ("C1", "caf_h", "mAP@.5"), ("C6", "caf_joint", "mIoU")):
+        row = found.loc[key]
+        assert f"{row.effect:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" in section
+    assert set(found.loc["C1"].verdict) == {"undecided"} and list(found.loc["C4"].verdict).count("supported") == 3
+
+
+def test_length():
+    assert len(README.splitlines()) <= 120
