@@ -11,7 +11,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo report test sync install clean
+.PHONY: demo report test types sync notebooks install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -20,20 +20,27 @@ demo: install
 report: install
 	caf-report --profile $(PROFILE) $(if $(OUT),--out "$(OUT)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(WEIGHTS_ROOT),--weights-root "$(WEIGHTS_ROOT)") $(if $(YES),--yes) $(if $(FRESH),--fresh)
 
-# One thread a process, and a process a core: small tensors gain nothing from more threads and lose much by waiting for them.
+# One thread per process and one process per core: small tensors gain nothing from more threads.
 test: export OMP_NUM_THREADS := 1
-test: install sync
+test: install sync types
 	nbdev_test --n_workers 2 --do_print --skip_file_re '^(table|figure|discrepancies|benchmark|claims)'
 	pytest -n 2 --dist loadfile
 
-# The notebooks are the source: exporting and cleaning them once more must change nothing.
+types: install
+	mypy caf_nb
+
+# Cleaning and exporting the notebooks must leave caf_nb/ as it is, and a clean checkout clean. A notebook that was only run is cleaned, and that is all.
 sync: install
-	@before=$$(git status --porcelain; git diff | git hash-object --stdin); \
-	nbdev_export && nbdev_clean && python tools/stale.py && \
-	after=$$(git status --porcelain; git diff | git hash-object --stdin); \
-	if [ "$$before" != "$$after" ]; then \
-	  git status --short; echo "The notebooks and caf_nb/ are out of step: run nbdev_export and nbdev_clean, then commit."; exit 1; fi
+	@changes=$$(git status --porcelain); \
+	modules() { find caf_nb -name '*.py' | LC_ALL=C sort | xargs cat | git hash-object --stdin; }; before=$$(modules); \
+	nbdev_clean && nbdev_export && python tools/stale.py || exit 1; \
+	if [ "$$before" != "$$(modules)" ] || { [ -z "$$changes" ] && [ -n "$$(git status --porcelain)" ]; }; then \
+	  git status --short; echo "The notebooks and caf_nb/ were out of step; nbdev_clean and nbdev_export have been run: commit what they changed."; exit 1; fi
 	@echo "notebooks and caf_nb/ are in sync and clean"
+
+# The outputs that library notebooks are committed with.
+notebooks: install
+	python tools/run_notebooks.py
 
 install: .venv/installed
 

@@ -84,8 +84,16 @@ def export_sizes() -> list[int]:
     return [sum(bool(line.strip()) and not line.startswith("#|") for line in text.splitlines()) for text in cells]
 
 
+def annotations(tree: ast.Module) -> list[ast.expr]:
+    "The types in the signatures and fields of public functions and classes, which a reader of these meets."
+    public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+    nodes = [node for top in public for node in ast.walk(top)]
+    found = [node.returns for node in nodes if isinstance(node, ast.FunctionDef)]
+    return [x for x in found + [node.annotation for node in nodes if isinstance(node, (ast.arg, ast.AnnAssign))] if x is not None]
+
+
 def unused() -> list[str]:
-    "Exported names that stand nowhere but in the notebook that defines them: no other notebook, test, tool, or page."
+    "Exported names that stand nowhere but in the notebook that defines them: no other notebook, test, tool or page, no public signature."
     texts = {path: "" for path, _ in code_cells()}
     for path, text in code_cells():
         texts[path] += text + "\n"
@@ -99,8 +107,11 @@ def unused() -> list[str]:
         if not names or not home or path.name == "__init__.py" and module not in ("zoo",):
             continue
         faces = {ROOT / "nbs/lib" / p.name for p in (ROOT / "nbs/lib").glob("*.ipynb") if re.search(r"default_exp \w+\.__init__", p.read_text())}
+        signatures = " ".join(ast.unparse(part) for part in annotations(ast.parse(source)))
         for name in re.findall(r"'(\w+)'", names[1]):
             word = re.compile(rf"\b{name}\b")
+            if word.search(signatures):
+                continue
             places = [text for where, text in texts.items() if where != ROOT / "nbs" / home[1] and where not in faces] + others
             if not any(word.search(text) for text in places):
                 found.append(f"{module}.{name}")
