@@ -39,8 +39,10 @@ def _block(inputs: int, outputs: int, norm: bool = True) -> nn.Sequential:
     if norm: layers["norm"] = nn.BatchNorm2d(outputs)
     return nn.Sequential(OrderedDict(layers, act=nn.ReLU(inplace=True)))
 
+# %% ../nbs/lib/18_fusion.ipynb #52fd39ee
 class FusionNet(nn.Module):
-    "The fusion network F(ir, vi; omega_f) of the paper, 148,321 parameters. Source: the layers of the released checkpoints."
+    """The fusion network F(ir, vi; omega_f) of the paper, 148,321 parameters. Source: the layers of the released
+    checkpoints."""
     reach = 6 # rows and columns around a pixel that it depends on
 
     def __init__(self):
@@ -71,6 +73,7 @@ def to_official(state: Mapping[str, Tensor], # a state of FusionNet
     "Our names to the official ones."
     return renamed(state, _OFFICIAL)
 
+# %% ../nbs/lib/18_fusion.ipynb #0744332a
 def from_official(state: Mapping[str, Tensor], # official names, perhaps below a prefix such as `fuse.` or `module.`
 ) -> dict[str, Tensor]:                        # the same tensors under the names of FusionNet
     "Official names to ours."
@@ -89,20 +92,25 @@ def _replace(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
     finally:
         for part in parts.values(): part.unlink(missing_ok=True)
 
+# %% ../nbs/lib/18_fusion.ipynb #0f0386ef
 def save_fusion(path: str | Path,                # FILE.safetensors
                 net: nn.Module,                  # its whole state is kept
                 config: BaseModel | Mapping[str, Any], # how it was made; JSON values
 ) -> None:
     "Write FILE.safetensors and FILE.json. Raises `CafError` if that is not possible."
     path = Path(path)
-    if path.suffix != ".safetensors": raise CafError("checkpoints end in .safetensors", path, "Change the name of the file")
-    text = json.dumps(config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config), indent=1, default=str)
+    if path.suffix != ".safetensors":
+        raise CafError("checkpoints end in .safetensors", path, "Change the name of the file")
+    text = json.dumps(config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config), indent=1,
+                      default=str)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace({path: lambda part: part.write_bytes(save(state)), path.with_suffix(".json"): lambda part: part.write_text(text + "\n", encoding="utf-8")})
+        _replace({path: lambda part: part.write_bytes(save(state)),
+                  path.with_suffix(".json"): lambda part: part.write_text(text + "\n", encoding="utf-8")})
     except (OSError, SafetensorError) as error:
-        raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path, "Choose a folder that you may write to") from None
+        raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path,
+                       "Choose a folder that you may write to") from None
 
 # %% ../nbs/lib/18_fusion.ipynb #90576c8b
 class Source(nn.Module):
@@ -126,15 +134,19 @@ def _bundled(method: str) -> Path:
     return Path(str(resources.files("caf_nb").joinpath("weights", f"{method}.safetensors")))
 
 # %% ../nbs/lib/18_fusion.ipynb #b8d032a5
-def load_fusion(method: str,                            # a name in `caf_nb.zoo.METHODS`: "caf", "ir", "vi", "tardal", ...
-                weights: str | Path | None = None,      # ours (.safetensors) or its authors' file; None: those that come with the package
+# a name in `caf_nb.zoo.METHODS`: "caf", "ir", "vi", "tardal", ...
+def load_fusion(method: str,
+                # ours (.safetensors) or its authors' file; None: those that come with the package
+                weights: str | Path | None = None,
                 device: str | torch.device | None = None, # as for `caf_nb.core.device`; None: CPU
                 **options: Any,                         # of the method's network, such as its fusion rule
 ) -> nn.Module:                                         # in eval mode
-    "A fusion method, ready for `fuse`. Raises `CafError` on an unknown name or option, and on weights that are absent or do not fit."
+    """A fusion method, ready for `fuse`. Raises `CafError` on an unknown name or option, and on weights that are absent
+    or do not fit."""
     entry, target = find_method(method), find_device("cpu" if device is None else device)
     net = build_network(method, **options)
-    if entry.read is None and weights is not None: raise CafError(f"method {method!r} has no weights", weights, "Leave the weights out")
+    if entry.read is None and weights is not None:
+        raise CafError(f"method {method!r} has no weights", weights, "Leave the weights out")
     if entry.read is not None:
         if weights is None and not _bundled(method).is_file():
             raise CafError(f"method {method!r} needs weights, and none come with the package",
@@ -166,17 +178,23 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
 
 _SLACK = 1e-4  # rounding may carry a luminance this far over 1
 
+# %% ../nbs/lib/18_fusion.ipynb #2c032e68
 def _check_pair(ir: Tensor, vi: Tensor) -> None:
     "Raises `CafError` unless `ir` and `vi` are a gray pair in [0, 1]."
     for name, image in (("ir", ir), ("vi", vi)):
         shape = tuple(image.shape)
-        if image.ndim not in (3, 4) or 0 in shape: raise CafError(f"{name} has shape {shape}", remedy="Give (B,1,H,W) or (1,H,W)")
-        if shape[-3] != 1: raise CafError(f"{name} has {shape[-3]} channels", remedy="Give its luminance, caf_nb.data.luma(image)")
-        if not image.is_floating_point(): raise CafError(f"{name} is of type {image.dtype}", remedy="Give float values in [0, 1]")
+        if image.ndim not in (3, 4) or 0 in shape:
+            raise CafError(f"{name} has shape {shape}", remedy="Give (B,1,H,W) or (1,H,W)")
+        if shape[-3] != 1:
+            raise CafError(f"{name} has {shape[-3]} channels", remedy="Give its luminance, caf_nb.data.luma(image)")
+        if not image.is_floating_point():
+            raise CafError(f"{name} is of type {image.dtype}", remedy="Give float values in [0, 1]")
         low, high = (float(v) for v in image.aminmax())
-        if not (-_SLACK <= low and high <= 1 + _SLACK): raise CafError(f"{name} ranges from {low:.4g} to {high:.4g}", remedy="Scale it to [0, 1]")
+        if not (-_SLACK <= low and high <= 1 + _SLACK):
+            raise CafError(f"{name} ranges from {low:.4g} to {high:.4g}", remedy="Scale it to [0, 1]")
     if ir.shape != vi.shape:
-        raise CafError(f"ir has shape {tuple(ir.shape)} and vi {tuple(vi.shape)}; a pair must be aligned", remedy="Register and crop it first")
+        raise CafError(f"ir has shape {tuple(ir.shape)} and vi {tuple(vi.shape)}; a pair must be aligned",
+                       remedy="Register and crop it first")
 
 # %% ../nbs/lib/18_fusion.ipynb #1bf43209
 def _in_strips(net: nn.Module,     # in evaluation mode; in strips only if it has a `reach`
@@ -193,7 +211,8 @@ def _in_strips(net: nn.Module,     # in evaluation mode; in strips only if it ha
         part = ir[..., start:end, :], vi[..., start:end, :]
         fused = net(*part)
         if fused.shape != part[0].shape:
-            raise CafError(f"the network made {tuple(fused.shape)} of {tuple(part[0].shape)}", remedy="Its output must have the shape of ir")
+            raise CafError(f"the network made {tuple(fused.shape)} of {tuple(part[0].shape)}",
+                           remedy="Its output must have the shape of ir")
         strips.append(fused[..., top - start:top - start + rows, :])
     return torch.cat(strips, dim=-2)
 
@@ -202,12 +221,15 @@ def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
          ir: Tensor,     # (B,1,H,W) or (1,H,W), float in [0,1]; any H and W
          vi: Tensor,     # like `ir`: luminance, aligned
 ) -> Tensor:             # fused luminance in [0,1]; shape, type and device of `ir`
-    "Fuse a batch or one pair, without gradients. Raises `CafError` on input (or a network) that cannot give a fused picture."
+    """Fuse a batch or one pair, without gradients. Raises `CafError` on input (or a network) that cannot give a fused
+    picture."""
     _check_pair(ir, vi)
     like = next(net.parameters(), ir)
     batch = [image.to(like).reshape(-1, *image.shape[-3:]) for image in (ir, vi)]
     with torch.no_grad(), _evaluating(net): fused = _in_strips(net, *batch)
-    if not fused.isfinite().all(): raise CafError("the network gave values that are not finite", remedy="Its weights may come from a training that diverged")
+    if not fused.isfinite().all():
+        raise CafError("the network gave values that are not finite",
+                       remedy="Its weights may come from a training that diverged")
     return fused.clamp(0, 1).reshape(ir.shape).to(ir)
 
 # %% ../nbs/lib/18_fusion.ipynb #15ed3c06
@@ -215,21 +237,25 @@ def _find_pairs(ir: Path, vi: Path) -> tuple[Sequence[Pair], list[Path]]:
     "The pairs of two folders, or of two files, and the files that are in none."
     if ir.is_file() and vi.is_file(): return [Pair(vi.stem, ir, vi)], []
     if ir.is_file() or vi.is_file():
-        raise CafError("one source is a file and the other is not", ir if ir.is_file() else vi, "Give two folders or two files")
+        raise CafError("one source is a file and the other is not", ir if ir.is_file() else vi,
+                       "Give two folders or two files")
     pairs = PairFolder(ir, vi)
     return pairs, pairs.unmatched
 
+# %% ../nbs/lib/18_fusion.ipynb #5777b375
 def _prepare_output(out: Path, pairs: Sequence[Pair]) -> None:
     "Make the folder `out`. Raises `CafError` if sources would be overwritten or the folder cannot be written."
     sources = {file.resolve() for pair in pairs for file in (pair.ir, pair.vi)}
     folders = {file.parent.resolve() for file in (pairs[0].ir, pairs[0].vi)}
     if out.resolve() in folders or any((out/f"{pair.stem}.png").resolve() in sources for pair in pairs):
-        raise CafError("the output folder holds the source images, which the results could overwrite", out, "Choose another output folder")
+        raise CafError("the output folder holds the source images, which the results could overwrite", out,
+                       "Choose another output folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out): pass
     except OSError as error:
-        raise CafError(f"the output folder cannot be written ({error.strerror})", out, "Choose a folder that you may write to") from None
+        raise CafError(f"the output folder cannot be written ({error.strerror})", out,
+                       "Choose a folder that you may write to") from None
 
 # %% ../nbs/lib/18_fusion.ipynb #f6b9cf35
 def _write_fused(path: Path, # STEM.png
@@ -249,6 +275,7 @@ class FolderResult(NamedTuple):
     unmatched: list[Path]    # source files without a partner, left out
     seconds: float           # wall time
 
+# %% ../nbs/lib/18_fusion.ipynb #42116caf
 def _read_ahead(pool: ThreadPoolExecutor, pairs: Sequence[Pair], depth: int = 2) -> Iterator[tuple[Pair, Future]]:
     "Each pair with the future of its two images; `depth` reads are under way before the caller needs them."
     waiting: deque = deque()
@@ -257,9 +284,11 @@ def _read_ahead(pool: ThreadPoolExecutor, pairs: Sequence[Pair], depth: int = 2)
         if len(waiting) > depth: yield waiting.popleft()
     yield from waiting
 
+# %% ../nbs/lib/18_fusion.ipynb #df919a8f
 def _failure(error: Exception, pair: Pair) -> CafError:
     "`error` as one sentence that names a file."
-    if isinstance(error, CafError): return error if error.file is not None else CafError(error.cause, pair.ir, error.remedy)
+    if isinstance(error, CafError):
+        return error if error.file is not None else CafError(error.cause, pair.ir, error.remedy)
     first = (str(error).splitlines() or ["no reason given"])[0]
     return CafError(f"could not be fused ({type(error).__name__}: {first})", pair.ir)
 
@@ -271,7 +300,8 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 color: bool = True,    # put the chroma of `vi` back, where it has any
                 progress: bool = True, # show a bar on stderr
 ) -> FolderResult:
-    "Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the `failures`."
+    """Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the
+    `failures`."""
     start, out = time.perf_counter(), Path(out)
     pairs, unmatched = _find_pairs(Path(ir), Path(vi))
     _prepare_output(out, pairs)
@@ -297,12 +327,15 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
     return FolderResult(done, failures, unmatched, time.perf_counter() - start)
 
 # %% ../nbs/lib/18_fusion.ipynb #68f1a112
-def load_methods(methods: str | Sequence[str] = "", # names, or one string with commas; "": all that have weights, without the sources
+# names, or one string with commas; "": all that have weights, without the sources
+def load_methods(methods: str | Sequence[str] = "",
                  weights_root: str | Path = "",     # as for `find_weights`; "": what comes with the package
                  device: str | torch.device | None = None, # as for `load_fusion`
 ) -> dict[str, nn.Module]:                          # method -> network
     "Fusion methods by name. Raises `CafError` on an unknown name, and if weights of a named method are absent."
     named = [m.strip() for m in methods.split(",") if m.strip()] if isinstance(methods, str) else list(methods)
-    if str(weights_root) and not Path(weights_root).is_dir(): raise CafError("there is no such folder", weights_root, "Give the folder of the weights")
+    if str(weights_root) and not Path(weights_root).is_dir():
+        raise CafError("there is no such folder", weights_root, "Give the folder of the weights")
     chosen = named or [m for m in METHODS if find_method(m).read is not None and find_weights(weights_root, m)]
-    return {m: load_fusion(m, None if find_method(m).read is None else find_weights(weights_root, m), device) for m in chosen}
+    return {m: load_fusion(m, None if find_method(m).read is None else find_weights(weights_root, m), device)
+            for m in chosen}

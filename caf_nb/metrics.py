@@ -42,19 +42,24 @@ from .core import CafError, device as find_device
 from .data import PairFolder, read_image
 
 # %% ../nbs/lib/09_metrics.ipynb #0dc9008c
-_GRAY = {"opencv": (9798, 19235, 3735, 15), "pillow": (19595, 38470, 7471, 16)}  # integer weights of R, G, B, and the bits to shift them out
+# integer weights of R, G, B, and the bits to shift them out
+_GRAY = {"opencv": (9798, 19235, 3735, 15), "pillow": (19595, 38470, 7471, 16)}
 
 def _one_of(what: str, value: object, allowed: Sequence[object]) -> None:
     "Raises `CafError` unless `value` is one of `allowed`."
-    if value not in allowed: raise CafError(f"{what} is {value!r}", remedy=f"Choose one of {', '.join(map(repr, allowed))}")
+    if value not in allowed:
+        raise CafError(f"{what} is {value!r}", remedy=f"Choose one of {', '.join(map(repr, allowed))}")
 
+# %% ../nbs/lib/09_metrics.ipynb #baa8e3c6
 def gray_image(image: Tensor,                             # (...,C,H,W), C = 1 or 3, float in [0,1] or uint8
                gray: Literal["opencv", "pillow"] = "opencv", # whose rounding
 ) -> Tensor:                                              # (...,1,H,W), type of `image`; a gray image passes through
-    "Luminance in whole gray levels, as OpenCV's or Pillow's converter gives it. Raises `CafError` on another number of channels."
+    """Luminance in whole gray levels, as OpenCV's or Pillow's converter gives it. Raises `CafError` on another number
+    of channels."""
     _one_of("gray", gray, tuple(_GRAY))
     if image.shape[-3] == 1: return image
-    if image.shape[-3] != 3: raise CafError(f"an image has {image.shape[-3]} channels", remedy="Give gray (...,1,H,W) or RGB (...,3,H,W)")
+    if image.shape[-3] != 3:
+        raise CafError(f"an image has {image.shape[-3]} channels", remedy="Give gray (...,1,H,W) or RGB (...,3,H,W)")
     r, g, b = (image if image.dtype == torch.uint8 else (image * 255).round()).to(torch.int32).split(1, dim=-3)
     wr, wg, wb, bits = _GRAY[gray]
     levels = (wr * r + wg * g + wb * b + (1 << bits - 1)) >> bits
@@ -70,22 +75,33 @@ def _levels(image: Tensor, name: str, channels: Channels, gray: Gray) -> Tensor:
     if image.ndim < 3 or 0 in shape or shape[-3] not in (1, 3):
         raise CafError(f"{name} has shape {shape}", remedy="Give gray (...,1,H,W) or RGB (...,3,H,W)")
     if image.dtype == torch.uint8: return (gray_image(image, gray) if channels == "luma" else image).float()
-    if not image.is_floating_point(): raise CafError(f"{name} is of type {image.dtype}", remedy="Give uint8, or floats in [0, 1]")
+    if not image.is_floating_point():
+        raise CafError(f"{name} is of type {image.dtype}", remedy="Give uint8, or floats in [0, 1]")
     low, high = (float(v) for v in image.aminmax())
-    if math.isnan(low + high): raise CafError(f"{name} has values that are not numbers", remedy="Find out which step made them")
-    if low < -_SLACK or high > 1 + _SLACK: raise CafError(f"{name} ranges from {low:.4g} to {high:.4g}", remedy="Scale it to [0, 1]")
+    if math.isnan(low + high):
+        raise CafError(f"{name} has values that are not numbers", remedy="Find out which step made them")
+    if low < -_SLACK or high > 1 + _SLACK:
+        raise CafError(f"{name} ranges from {low:.4g} to {high:.4g}", remedy="Scale it to [0, 1]")
     return (gray_image(image, gray) if channels == "luma" else image).float().clamp(0, 1) * 255
 
-def _all_levels(fused: Tensor, sources: Sequence[Tensor], channels: Channels, gray: Gray, least: int = 1) -> list[Tensor]:
-    "`fused` and its sources in gray levels. Raises `CafError` on images that do not fit together or have a side below `least` pixels."
+# %% ../nbs/lib/09_metrics.ipynb #6201af04
+def _all_levels(fused: Tensor, sources: Sequence[Tensor], channels: Channels, gray: Gray,
+                least: int = 1) -> list[Tensor]:
+    """`fused` and its sources in gray levels. Raises `CafError` on images that do not fit together or have a side below
+    `least` pixels."""
     _one_of("channels", channels, ("luma", "per_channel"))
     named = {"fused": fused, **{f"source {i + 1}": image for i, image in enumerate(sources)}}
     size = tuple(fused.shape[-2:])
     for name, image in named.items():
-        if tuple(image.shape[-2:]) != size: raise CafError(f"fused is {size} pixels and {name} {tuple(image.shape[-2:])}", remedy="Give aligned images of one size")
-    if min(size) < least: raise CafError(f"the images are only {size[0]}x{size[1]} pixels", remedy=f"This metric needs at least {least}x{least}")
+        if tuple(image.shape[-2:]) != size:
+            raise CafError(f"fused is {size} pixels and {name} {tuple(image.shape[-2:])}",
+                           remedy="Give aligned images of one size")
+    if min(size) < least:
+        raise CafError(f"the images are only {size[0]}x{size[1]} pixels",
+                       remedy=f"This metric needs at least {least}x{least}")
     return [_levels(image, name, channels, gray) for name, image in named.items()]
 
+# %% ../nbs/lib/09_metrics.ipynb #0af74f85
 def _reduced(values: Sequence[Tensor], reduce: Reduce) -> Tensor:
     "One value a source and channel, (...,C) each, to one an image."
     _one_of("reduce", reduce, ("sum", "mean"))
@@ -106,13 +122,16 @@ def _entropy(p: Tensor) -> Tensor:
     "-sum p log p over the last dimension, in nats."
     return torch.special.entr(p).sum(-1)
 
+# %% ../nbs/lib/09_metrics.ipynb #6034abc0
 def _stretched(levels: Tensor) -> Tensor:
     "Each plane stretched to [0, 255]; a constant one becomes 0."
     low, high = levels.amin((-2, -1), keepdim=True), levels.amax((-2, -1), keepdim=True)
     return (levels - low) / (high - low).clamp_min(torch.finfo(levels.dtype).tiny) * 255
 
+# %% ../nbs/lib/09_metrics.ipynb #eafc45e8
 def _information(a: Tensor, b: Tensor, merge: bool) -> Tensor:
-    "Mutual information of two planes of whole levels, nats; `merge` counts level 254 as 255, but in the joint histogram only."
+    """Mutual information of two planes of whole levels, nats; `merge` counts level 254 as 255, but in the joint
+    histogram only."""
     joint = _histogram(a * 256 + b, 256 * 256).unflatten(-1, (256, 256))
     alone = _entropy(joint.sum(-1)) + _entropy(joint.sum(-2))
     if merge:
@@ -122,7 +141,8 @@ def _information(a: Tensor, b: Tensor, merge: bool) -> Tensor:
 
 # %% ../nbs/lib/09_metrics.ipynb #f89e83ff
 def mutual_information(fused: Tensor,                 # (...,C,H,W), float in [0,1] or uint8
-                       *sources: Tensor,              # the infrared and the visible image; one: the plain I(fused; source)
+                       # the infrared and the visible image; one: the plain I(fused; source)
+                       *sources: Tensor,
                        base: Literal[2, "e"] = 2,     # bits or nats
                        reduce: Reduce = "sum",        # over the sources
                        channels: Channels = "luma",
@@ -130,7 +150,8 @@ def mutual_information(fused: Tensor,                 # (...,C,H,W), float in [0
                        stretch: bool = False,         # stretch each plane to 0..255 first, as VIFB does
                        legacy_uint8: bool = False,    # merge levels 254 and 255 in the joint histogram
 ) -> Tensor:                                          # (...), float64, >= 0, at most 8 bits a source
-    "How much the fused image tells about its sources; 0 for a constant or a one-pixel image. Levels are rounded to 8 bits. Raises `CafError` on NaN, values outside [0, 1], unequal sizes."
+    """How much the fused image tells about its sources; 0 for a constant or a one-pixel image. Levels are rounded to 8
+    bits. Raises `CafError` on NaN, values outside [0, 1], unequal sizes."""
     _one_of("base", base, (2, "e"))
     planes = _all_levels(fused, sources, channels, gray)
     first, *others = ((_stretched(p) if stretch else p).round().to(torch.int32) for p in planes)
@@ -143,10 +164,12 @@ def standard_deviation(fused: Tensor,              # (...,C,H,W), float in [0,1]
                        gray: Gray = "opencv",
                        legacy_uint8: bool = False, # saturating 8-bit arithmetic, at most sqrt(255)
 ) -> Tensor:                                       # (...), gray levels, in [0, 127.5]
-    "Contrast of the fused image; 0 for a constant or a one-pixel image. Raises `CafError` on NaN and values outside [0, 1]."
+    """Contrast of the fused image; 0 for a constant or a one-pixel image. Raises `CafError` on NaN and values outside
+    [0, 1]."""
     levels, = _all_levels(fused, (), channels, gray)
     squares = levels - levels.mean((-2, -1), keepdim=True)
-    squares = (squares + 0.5).floor().clamp_min(0).square().clamp_max(255) if legacy_uint8 else squares.square() # uint8 - double rounds, both saturate
+    # uint8 - double rounds, both saturate
+    squares = (squares + 0.5).floor().clamp_min(0).square().clamp_max(255) if legacy_uint8 else squares.square()
     return squares.mean((-2, -1)).sqrt().mean(-1)
 
 # %% ../nbs/lib/09_metrics.ipynb #7946ec46
@@ -158,6 +181,7 @@ def _slide(maps: Tensor, kernel: Sequence[float], dim: int, stride: int) -> Tens
     for i in range(last // 2): total.add_(shifted(i) + shifted(last - i), alpha=kernel[i])
     return total
 
+# %% ../nbs/lib/09_metrics.ipynb #1e343830
 def _blur(maps: Sequence[Tensor], # (...,H,W) each, one H and W
           size: int,              # of the window; its deviation is size / 5
           stride: int = 1,
@@ -173,7 +197,8 @@ def _blur(maps: Sequence[Tensor], # (...,H,W) each, one H and W
 _EPS, _EYE = 1e-10, 2.  # variances below the first count as none; the second is the noise of the eye
 
 def _row_blocks(images: Sequence[Tensor], size: int, stride: int = 1, elements: int = 2**18) -> Iterator[slice]:
-    "Rows that windows need, in blocks that overlap by what a window reaches over: little memory, and the processor's cache holds it."
+    """Rows that windows need, in blocks that overlap by what a window reaches over: little memory, and the processor's
+    cache holds it."""
     height, width = images[0].shape[-2:]
     step = max(32, elements // (sum(x[..., 0, 0].numel() for x in images) * width) // stride)
     rows = (height - size) // stride + 1
@@ -184,8 +209,10 @@ def _halved(images: Sequence[Tensor], size: int) -> list[Tensor]:
     blocks = [_blur([x[..., rows, :] for x in images], size, stride=2) for rows in _row_blocks(images, size, stride=2)]
     return [torch.cat(parts, dim=-2) for parts in zip(*blocks)]
 
+# %% ../nbs/lib/09_metrics.ipynb #dfa88655
 def _window_information(images: Sequence[Tensor], size: int, saturate: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    "For each source, images[1:], and all windows of one scale: what `images[0]` keeps, and all there is; (...,H',W') each."
+    """For each source, images[1:], and all windows of one scale: what `images[0]` keeps, and all there is; (...,H',W')
+    each."""
     n, products = len(images), [x.square() for x in images] + [images[0] * x for x in images[1:]]
     if saturate: products = [p.clamp_max(255) for p in products]
     moments = _blur([*images, *products], size)
@@ -197,8 +224,10 @@ def _window_information(images: Sequence[Tensor], size: int, saturate: bool) -> 
         unexplained = (variance[0] - gain * covariance).clamp_min(_EPS)
         yield torch.log(1 + gain.square() * var / (unexplained + _EYE)), torch.log(1 + var / _EYE)
 
+# %% ../nbs/lib/09_metrics.ipynb #c0941fce
 def _fidelities(fused: Tensor, sources: Sequence[Tensor], saturate: bool) -> list[Tensor]:
-    "Pixel-domain VIF of `fused` and each source, (...,C) float64; `saturate` stops the products of the first scale at 255."
+    """Pixel-domain VIF of `fused` and each source, (...,C) float64; `saturate` stops the products of the first scale at
+    255."""
     images = [fused, *sources]
     kept, whole = [0.] * len(sources), [0.] * len(sources)
     for size in (17, 9, 5, 3):
@@ -213,14 +242,16 @@ def _fidelities(fused: Tensor, sources: Sequence[Tensor], saturate: bool) -> lis
     return [(k + _EPS) / (w + _EPS) for k, w in zip(kept, whole)]
 
 # %% ../nbs/lib/09_metrics.ipynb #153ad4c1
-def visual_information_fidelity(fused: Tensor,              # (...,C,H,W), float in [0,1] or uint8, at least 41x41 pixels
+# (...,C,H,W), float in [0,1] or uint8, at least 41x41 pixels
+def visual_information_fidelity(fused: Tensor,
                                 *sources: Tensor,           # the infrared and the visible image; one: the plain VIF
                                 reduce: Reduce = "sum",     # over the sources
                                 channels: Channels = "luma",
                                 gray: Gray = "opencv",
                                 legacy_uint8: bool = False, # squares of the first scale saturate at 255
 ) -> Tensor:                                                # (...), float64, >= 0, about 1 a source at best
-    "Share of each source's visible information that the fused image keeps; 1 for a constant source, which has none to lose. Raises `CafError` on NaN, values outside [0, 1], unequal sizes, small images."
+    """Share of each source's visible information that the fused image keeps; 1 for a constant source, which has none to
+    lose. Raises `CafError` on NaN, values outside [0, 1], unequal sizes, small images."""
     first, *others = _all_levels(fused, sources, channels, gray, least=41)
     return _reduced(_fidelities(first, others, legacy_uint8), reduce)
 
@@ -233,13 +264,15 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     covariance, scale = (a * b).sum((-2, -1)), (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt()
     return torch.where(varied, covariance / scale, 0).clamp(-1, 1)
 
+# %% ../nbs/lib/09_metrics.ipynb #cc39aecb
 def sum_of_correlations_of_differences(fused: Tensor, # (...,C,H,W), float in [0,1] or uint8
                                        ir: Tensor,    # its two sources
                                        vi: Tensor,
                                        channels: Channels = "luma",
                                        gray: Gray = "opencv",
 ) -> Tensor:                                          # (...), in [-2, 2]
-    "Correlation of what each source contributed with that source; a constant difference counts as 0. Raises `CafError` on NaN, values outside [0, 1], unequal sizes."
+    """Correlation of what each source contributed with that source; a constant difference counts as 0. Raises
+    `CafError` on NaN, values outside [0, 1], unequal sizes."""
     f, x, y = _all_levels(fused, (ir, vi), channels, gray)
     return _reduced([_correlation(f - y, x), _correlation(f - x, y)], "sum")
 
@@ -252,6 +285,7 @@ def entropy(fused: Tensor,              # (...,C,H,W), float in [0,1] or uint8
     levels, = _all_levels(fused, (), channels, gray)
     return _entropy(_histogram(levels.round().to(torch.int32), 256)).mean(-1) / math.log(2)
 
+# %% ../nbs/lib/09_metrics.ipynb #d31667ee
 def average_gradient(fused: Tensor,     # (...,C,H,W), float in [0,1] or uint8, at least 2x2
                      channels: Channels = "luma",
                      gray: Gray = "opencv",
@@ -262,23 +296,27 @@ def average_gradient(fused: Tensor,     # (...,C,H,W), float in [0,1] or uint8, 
     h, w = levels.shape[-2:]
     return ((down.square() + right.square()) / 2).sqrt().sum((-2, -1)).mean(-1) / ((h - 1) * (w - 1))
 
+# %% ../nbs/lib/09_metrics.ipynb #225263a2
 def spatial_frequency(fused: Tensor,    # (...,C,H,W), float in [0,1] or uint8
                       channels: Channels = "luma",
                       gray: Gray = "opencv",
                       as_vifb: bool = False, # take the channels side by side as one wide image
 ) -> Tensor:                            # (...), gray levels, >= 0; 0 for a one-pixel image
-    "Root mean square of the differences to the left and to the upper neighbour. Raises `CafError` on NaN and values outside [0, 1]."
+    """Root mean square of the differences to the left and to the upper neighbour. Raises `CafError` on NaN and values
+    outside [0, 1]."""
     levels, = _all_levels(fused, (), channels, gray)
     if as_vifb: levels = torch.cat(levels.split(1, dim=-3), dim=-1)
     energy = levels.diff(dim=-1).square().sum((-2, -1)) + levels.diff(dim=-2).square().sum((-2, -1))
     return (energy / levels.shape[-2:].numel()).sqrt().mean(-1)
 
+# %% ../nbs/lib/09_metrics.ipynb #845121b1
 def correlation_coefficient(fused: Tensor, # (...,C,H,W), float in [0,1] or uint8
                             *sources: Tensor,
                             channels: Channels = "luma",
                             gray: Gray = "opencv",
 ) -> Tensor:                            # (...), in [-1, 1]
-    "Mean correlation with the sources; one with a constant image counts as 0. Raises `CafError` on NaN, values outside [0, 1], unequal sizes."
+    """Mean correlation with the sources; one with a constant image counts as 0. Raises `CafError` on NaN, values
+    outside [0, 1], unequal sizes."""
     first, *others = _all_levels(fused, sources, channels, gray)
     return _reduced([_correlation(first, other) for other in others], "mean")
 
@@ -289,7 +327,8 @@ def peak_signal_to_noise_ratio(fused: Tensor,    # (...,C,H,W), float in [0,1] o
                                gray: Gray = "opencv",
                                as_vifb: bool = False, # the norm over the number of pixels instead of the mean square
 ) -> Tensor:                                     # (...), dB; infinite if all sources equal the fused image
-    "Peak signal to mean squared error with both sources. Raises `CafError` on NaN, values outside [0, 1], unequal sizes."
+    """Peak signal to mean squared error with both sources. Raises `CafError` on NaN, values outside [0, 1], unequal
+    sizes."""
     first, *others = _all_levels(fused, sources, channels, gray)
     errors = [(first - other).square() for other in others]
     if as_vifb: errors = [e.sum((-2, -1)).sqrt() / e.shape[-2:].numel() for e in errors]
@@ -297,6 +336,7 @@ def peak_signal_to_noise_ratio(fused: Tensor,    # (...,C,H,W), float in [0,1] o
     if not errors: raise CafError("there is no source", remedy="Give the infrared and the visible image")
     return (10 * torch.log10(255**2 / (sum(errors) / len(errors)))).mean(-1)
 
+# %% ../nbs/lib/09_metrics.ipynb #d303c173
 def _of_planes(call: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     "`call` on every plane (1,1,H,W) of two broadcast stacks, (...,C); one at a time, which bounds the memory."
     a, b = torch.broadcast_tensors(a, b)
@@ -307,28 +347,34 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
     "Mean SSIM of two planes, where the window lies inside the image."
     return ssim(x, y, 11, max_val=255., padding="valid").mean()
 
+# %% ../nbs/lib/09_metrics.ipynb #ff3651a0
 def _ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     "MS-SSIM of two planes; torchmetrics mirrors the image at its border."
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure # here, since it imports transformers: seconds
+    # here, since it imports transformers: seconds
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
     return multiscale_structural_similarity_index_measure(x, y, data_range=255.)
 
+# %% ../nbs/lib/09_metrics.ipynb #261977d2
 def structural_similarity(fused: Tensor,         # (...,C,H,W), float in [0,1] or uint8, at least 11x11
                           *sources: Tensor,
                           reduce: Reduce = "sum",
                           channels: Channels = "luma",
                           gray: Gray = "opencv",
 ) -> Tensor:                                     # (...), at most 1 a source
-    "SSIM with the sources (Wang et al. 2004). Raises `CafError` on NaN, values outside [0, 1], unequal sizes, small images."
+    """SSIM with the sources (Wang et al. 2004). Raises `CafError` on NaN, values outside [0, 1], unequal sizes, small
+    images."""
     first, *others = _all_levels(fused, sources, channels, gray, least=11)
     return _reduced([_of_planes(_ssim, first, other) for other in others], reduce)
 
+# %% ../nbs/lib/09_metrics.ipynb #48eb134d
 def multiscale_structural_similarity(fused: Tensor, # (...,C,H,W), float in [0,1] or uint8, at least 176x176
                                      *sources: Tensor,
                                      reduce: Reduce = "sum",
                                      channels: Channels = "luma",
                                      gray: Gray = "opencv",
 ) -> Tensor:                                     # (...), at most 1 a source
-    "MS-SSIM with the sources (Wang et al. 2003), five scales, to 1e-3 on bright flat images; 4 megapixels take 2 GB. Raises `CafError` on NaN, values outside [0, 1], unequal sizes, small images."
+    """MS-SSIM with the sources (Wang et al. 2003), five scales, to 1e-3 on bright flat images; 4 megapixels take 2 GB.
+    Raises `CafError` on NaN, values outside [0, 1], unequal sizes, small images."""
     first, *others = _all_levels(fused, sources, channels, gray, least=176)
     return _reduced([_of_planes(_ms_ssim, first, other) for other in others], reduce)
 
@@ -341,6 +387,7 @@ def _sobel(levels: Tensor) -> tuple[Tensor, Tensor]:
     angle = torch.where(x == 0, math.pi / 2, torch.atan(y / x))
     return torch.hypot(x, y).view_as(levels), angle.view_as(levels)
 
+# %% ../nbs/lib/09_metrics.ipynb #0f85b13f
 def edge_transfer(fused: Tensor,        # (...,C,H,W), float in [0,1] or uint8
                   *sources: Tensor,
                   channels: Channels = "luma",
@@ -380,6 +427,7 @@ CONVENTIONS: dict[str, Convention] = {
     "vifb": Convention(base="e", channels="per_channel", stretch=True, as_vifb=True),
 }
 
+# %% ../nbs/lib/09_metrics.ipynb #2fa40078
 def find_convention(name: str, # a name in `CONVENTIONS`
 ) -> Convention:
     "The convention of a tool. Raises `CafError` on an unknown name, with the known ones."
@@ -396,12 +444,15 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "MI": Metric(mutual_information, True, "bits"), "SD": Metric(standard_deviation, False, "gray levels"),
     "VIF": Metric(visual_information_fidelity, True, ""), "SCD": Metric(sum_of_correlations_of_differences, True, ""),
-    "EN": Metric(entropy, False, "bits"), "AG": Metric(average_gradient, False, "gray levels"), "SF": Metric(spatial_frequency, False, "gray levels"),
+    "EN": Metric(entropy, False, "bits"), "AG": Metric(average_gradient, False, "gray levels"),
+    "SF": Metric(spatial_frequency, False, "gray levels"),
     "CC": Metric(correlation_coefficient, True, ""), "PSNR": Metric(peak_signal_to_noise_ratio, True, "dB"),
-    "SSIM": Metric(structural_similarity, True, ""), "MS-SSIM": Metric(multiscale_structural_similarity, True, ""), "Qabf": Metric(edge_transfer, True, ""),
+    "SSIM": Metric(structural_similarity, True, ""), "MS-SSIM": Metric(multiscale_structural_similarity, True, ""),
+    "Qabf": Metric(edge_transfer, True, ""),
 }
 PAPER_METRICS = ("MI", "SD", "VIF", "SCD")  # Figure 7
 
+# %% ../nbs/lib/09_metrics.ipynb #cd08895e
 def measure(name: str,                       # a name in `METRICS`
             fused: Tensor,                   # (...,C,H,W), float in [0,1] or uint8
             ir: Tensor,
@@ -425,6 +476,7 @@ def _stems(folder: Path) -> dict[str, Path]:
     "The images of a folder by stem. Raises `CafError` if there is none."
     return {pair.stem: pair.ir for pair in PairFolder(folder, folder)}
 
+# %% ../nbs/lib/09_metrics.ipynb #7297310b
 def _read_for(convention: Convention, files: Sequence[Path]) -> list[Tensor]:
     "Images as the convention wants them, gray or in colour. Raises `CafError` if one is unreadable or of another size."
     images = [read_image(file) for file in files]
@@ -434,22 +486,28 @@ def _read_for(convention: Convention, files: Sequence[Path]) -> list[Tensor]:
             raise CafError(f"is {sizes[0]} pixels, and {files[0]} {sizes[1]}", file, "Compare images of one size")
     return [gray_image(i, convention.gray) if convention.channels == "luma" else i.expand(3, -1, -1) for i in images]
 
+# %% ../nbs/lib/09_metrics.ipynb #7887c096
 def _folder_items(ir: Path, vi: Path, fused: Mapping[str, Path], convention: Convention) -> list[_Item]:
     "The places that both sources and every method have; the others are warned about."
-    folders = {"ir": _stems(ir), "vi": _stems(vi), **{f"fused {name}": _stems(folder) for name, folder in fused.items()}}
+    folders = {"ir": _stems(ir), "vi": _stems(vi),
+               **{f"fused {name}": _stems(folder) for name, folder in fused.items()}}
     common = set.intersection(*(set(f) for f in folders.values()))
-    if not common: raise CafError("no image is there in both sources and in every method", ir, "Name the files of one scene alike")
+    if not common:
+        raise CafError("no image is there in both sources and in every method", ir, "Name the files of one scene alike")
     if left := sorted(set.union(*(set(f) for f in folders.values())) - common):
         warnings.warn(f"{len(left)} of {len(left) + len(common)} images are not in every folder and are left out: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}", stacklevel=3)
     def item(stem): return _Item(stem, lambda: _read_for(convention, [f[stem] for f in folders.values()]))
     return [item(stem) for stem in sorted(common)]
 
+# %% ../nbs/lib/09_metrics.ipynb #f78733e1
 def _tensor_items(ir: Tensor, vi: Tensor, fused: Mapping[str, Tensor], convention: Convention) -> list[_Item]:
     "The same for stacks of images (B,C,H,W)."
     stacks = [ir, vi, *fused.values()]
     if any(s.ndim != 4 or len(s) != len(ir) or s.shape[-2:] != ir.shape[-2:] for s in stacks):
-        raise CafError(f"the stacks have shapes {', '.join(str(tuple(s.shape)) for s in stacks)}", remedy="Give (B,C,H,W) with one B, H and W")
-    def plain(image): return gray_image(image, convention.gray) if convention.channels == "luma" else image.expand(3, -1, -1)
+        raise CafError(f"the stacks have shapes {', '.join(str(tuple(s.shape)) for s in stacks)}",
+                       remedy="Give (B,C,H,W) with one B, H and W")
+    def plain(image):
+        return gray_image(image, convention.gray) if convention.channels == "luma" else image.expand(3, -1, -1)
     def item(i): return _Item(str(i), lambda: [plain(s[i]) for s in stacks])
     return [item(i) for i in range(len(ir))]
 
@@ -464,47 +522,62 @@ def _ahead(pool: ThreadPoolExecutor, items: Sequence[_Item], depth: int) -> Iter
         yield waiting.popleft()
         waiting += [(item, pool.submit(item.read)) for item in islice(rest, 1)]
 
+# %% ../nbs/lib/09_metrics.ipynb #92132945
 class _Stack(NamedTuple):
     "Images of one size that are measured together, or one that could not be read."
     names: list[str]
     images: list[Tensor]           # ir, vi and each method, (B,C,H,W)
     error: CafError | None = None
 
+# %% ../nbs/lib/09_metrics.ipynb #1910efca
 def _stacks(read: Iterator[tuple[_Item, Future]]) -> Iterator[_Stack]:
     "Neighbours of one size, as many as `_PIXELS` allows."
     held: list[tuple[str, list[Tensor]]] = []
-    def stacked(): return _Stack([name for name, _ in held], [torch.stack(images) for images in zip(*(images for _, images in held))])
+    def stacked():
+        return _Stack([name for name, _ in held],
+                      [torch.stack(images) for images in zip(*(images for _, images in held))])
     for item, future in read:
         try: images = future.result()
         except CafError as error:
             yield _Stack([item.name], [], error)
             continue
-        if held and (held[0][1][0].shape != images[0].shape or (len(held) + 1) * len(images) * images[0].numel() > _PIXELS):
+        if held and (held[0][1][0].shape != images[0].shape
+                     or (len(held) + 1) * len(images) * images[0].numel() > _PIXELS):
             yield stacked()
             held = []
         held.append((item.name, images))
     if held: yield stacked()
 
-def _measure_stack(stack: _Stack, metrics: Sequence[str], convention: Convention, target: torch.device) -> tuple[_Stack, dict[str, Tensor]]:
-    "The stack, with its error if there was one, and metric -> (methods, B). Methods go together as far as memory allows, and share the sources."
+# %% ../nbs/lib/09_metrics.ipynb #c5fe5358
+def _measure_stack(stack: _Stack, metrics: Sequence[str], convention: Convention,
+                   target: torch.device) -> tuple[_Stack, dict[str, Tensor]]:
+    """The stack, with its error if there was one, and metric -> (methods, B). Methods go together as far as memory
+    allows, and share the sources."""
     if stack.error: return stack, {}
     ir, vi, *methods = (s.to(target) for s in stack.images)
     together = max(1, _PIXELS // ir.numel())
     parts = [torch.stack(methods[i:i + together]) for i in range(0, len(methods), together)]
-    try: return stack, {m: torch.cat([measure(m, part, ir, vi, convention).double().cpu() for part in parts]) for m in metrics}
+    try:
+        return stack, {m: torch.cat([measure(m, part, ir, vi, convention).double().cpu() for part in parts])
+                       for m in metrics}
     except CafError as error: return stack._replace(error=error), {}
 
+# %% ../nbs/lib/09_metrics.ipynb #2e55f2cf
 @contextmanager
 def _a_thread_each() -> Iterator[int]:
-    "Inside, an operation of PyTorch uses one thread, so that as many images as there are cores can be measured side by side; their number."
+    """Inside, an operation of PyTorch uses one thread, so that as many images as there are cores can be measured side
+    by side; their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     finally: torch.set_num_threads(before)
 
-def _measured(items: Sequence[_Item], measure_: Callable[[_Stack], tuple[_Stack, dict[str, Tensor]]], progress: bool) -> Iterator[tuple[_Stack, dict[str, Tensor]]]:
+# %% ../nbs/lib/09_metrics.ipynb #bc58669f
+def _measured(items: Sequence[_Item], measure_: Callable[[_Stack], tuple[_Stack, dict[str, Tensor]]],
+              progress: bool) -> Iterator[tuple[_Stack, dict[str, Tensor]]]:
     "Every item measured, in order; reading and measuring on all cores."
-    with _a_thread_each() as cores, ThreadPoolExecutor(cores) as pool, tqdm(None, "evaluate", len(items), unit="image", disable=not progress) as bar:
+    with _a_thread_each() as cores, ThreadPoolExecutor(cores) as pool, tqdm(None, "evaluate", len(items), unit="image",
+                                                                            disable=not progress) as bar:
         running: deque[Future] = deque()
         for more in chain(_stacks(_ahead(pool, items, 2 * cores)), [None]):  # None: no more, so wait for all
             if more: running.append(pool.submit(measure_, more))
@@ -522,34 +595,46 @@ def _named(fused: Images | Sequence[str | Path] | Mapping[str, Images]) -> dict[
     if isinstance(fused, Tensor): return {"fused": fused}
     folders = [Path(f).resolve() for f in ([fused] if isinstance(fused, str | Path) else fused)]
     if len({f.name for f in folders}) < len(folders):
-        raise CafError("two folders of fused images have one name", folders[0], "Pass a mapping, method -> folder, or rename one")
+        raise CafError("two folders of fused images have one name", folders[0],
+                       "Pass a mapping, method -> folder, or rename one")
     return {f.name: f for f in folders}
 
+# %% ../nbs/lib/09_metrics.ipynb #4438d929
 def evaluate_fusion(ir: Images,               # folder, or (B,C,H,W) float in [0,1] or uint8
                     vi: Images,               # likewise
-                    fused: Images | Sequence[str | Path] | Mapping[str, Images], # likewise; several folders, or method -> folder or tensor
+                    # likewise; several folders, or method -> folder or tensor
+                    fused: Images | Sequence[str | Path] | Mapping[str, Images],
                     metrics: Sequence[str] = PAPER_METRICS, # names in `METRICS`
                     convention: Convention = CONVENTIONS["caf_nb"],
                     device: str | torch.device = "auto", # where to compute
                     progress: bool = True,    # show a bar on stderr
-) -> pd.DataFrame:                            # columns image, method, metric, value; NaN where an image could not be measured
-    "Measure fused images. Raises `CafError` on unknown metrics and folders that do not fit; what concerns one image only is a warning."
+# columns image, method, metric, value; NaN where an image could not be measured
+) -> pd.DataFrame:
+    """Measure fused images. Raises `CafError` on unknown metrics and folders that do not fit; what concerns one image
+    only is a warning."""
     methods, target = _named(fused), find_device(device)
     for m in metrics: _one_of("the metric", m, tuple(METRICS))
     kinds = {isinstance(images, Tensor) for images in (ir, vi, *methods.values())}
-    if not methods or len(kinds) != 1: raise CafError("sources and fused images must be folders throughout or tensors throughout", remedy="Write the tensors to a folder, or read it")
+    if not methods or len(kinds) != 1:
+        raise CafError("sources and fused images must be folders throughout or tensors throughout",
+                       remedy="Write the tensors to a folder, or read it")
     if kinds == {True}: items = _tensor_items(ir, vi, methods, convention)
-    else: items = _folder_items(Path(ir), Path(vi), {name: Path(folder) for name, folder in methods.items()}, convention)
+    else:
+        items = _folder_items(Path(ir), Path(vi), {name: Path(folder) for name, folder in methods.items()}, convention)
     rows = []
-    for stack, values in _measured(items, partial(_measure_stack, metrics=metrics, convention=convention, target=target), progress):
+    for stack, values in _measured(items,
+                                   partial(_measure_stack, metrics=metrics, convention=convention, target=target),
+                                   progress):
         if stack.error:
             warnings.warn(f"{', '.join(stack.names)}: not measured: {stack.error}", stacklevel=2)
             values = {m: torch.full((len(methods), len(stack.names)), math.nan) for m in metrics}
-        rows += [(image, method, m, values[m][j, i].item()) for i, image in enumerate(stack.names) for j, method in enumerate(methods) for m in metrics]
+        rows += [(image, method, m, values[m][j, i].item()) for i, image in enumerate(stack.names)
+                 for j, method in enumerate(methods) for m in metrics]
     return pd.DataFrame(rows, columns=["image", "method", "metric", "value"])
 
 # %% ../nbs/lib/09_metrics.ipynb #571b317b
-def plot_metrics(frame: pd.DataFrame,                # of `evaluate_fusion`; a column `dataset` gives one row of panels each
+# of `evaluate_fusion`; a column `dataset` gives one row of panels each
+def plot_metrics(frame: pd.DataFrame,
                  colours: Mapping[str, str] | None = None, # method -> colour; gray where there is none
                  names: Mapping[str, str] | None = None,   # method -> label
 ) -> Sequence[Sequence[Axes]]:                       # one row a data set, one column a metric
@@ -557,16 +642,21 @@ def plot_metrics(frame: pd.DataFrame,                # of `evaluate_fusion`; a c
     if "dataset" not in frame: frame = frame.assign(dataset="")
     datasets, metrics, methods = (list(frame[c].unique()) for c in ("dataset", "metric", "method"))
     palette = {m: (colours or {}).get(m, "#bbbbbb") for m in methods}
-    axes = plt.subplots(len(datasets), len(metrics), figsize=(7.2, 0.5 + 1.7 * len(datasets)), layout="constrained", squeeze=False)[1]
+    axes = plt.subplots(len(datasets), len(metrics), figsize=(7.2, 0.5 + 1.7 * len(datasets)), layout="constrained",
+                        squeeze=False)[1]
     for row, dataset in zip(axes, datasets):
         for ax, metric in zip(row, metrics):
             part = frame[(frame.dataset == dataset) & (frame.metric == metric) & np.isfinite(frame.value)]
-            sns.boxplot(part, x="method", y="value", order=methods, hue="method", hue_order=methods, palette=palette, ax=ax, width=0.7,
-                        linewidth=0.8, fliersize=2, legend=False, showmeans=True, meanprops={"marker": "^", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4})
+            sns.boxplot(part, x="method", y="value", order=methods, hue="method", hue_order=methods, palette=palette,
+                        ax=ax, width=0.7,
+                        linewidth=0.8, fliersize=2, legend=False, showmeans=True,
+                        meanprops={"marker": "^", "markerfacecolor": "white", "markeredgecolor": "black",
+                                   "markersize": 4})
             unit = METRICS[metric].unit if metric in METRICS else ""
             ax.set(xlabel="", ylabel=f"{dataset}\n{metric}" if ax is row[0] and dataset else metric)
             if unit: ax.set_ylabel(f"{ax.get_ylabel()} ({unit})")
-            ax.set_xticks(range(len(methods)), [(names or {}).get(m, m) for m in methods], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+            ax.set_xticks(range(len(methods)), [(names or {}).get(m, m) for m in methods], rotation=60, ha="right",
+                          rotation_mode="anchor", fontsize=7)
             ax.tick_params(axis="y", labelsize=7); ax.yaxis.label.set_size(8)
     return axes
 
@@ -585,6 +675,7 @@ def _plain_mi(a: np.ndarray, b: np.ndarray) -> float:
     independent = p.sum(1, keepdims=True) * p.sum(0)
     return float((p[p > 0] * np.log2(p[p > 0] / independent[p > 0])).sum())
 
+# %% ../nbs/lib/09_metrics.ipynb #cd8a3c76
 def _plain_vif(x: np.ndarray, f: np.ndarray, blur: Callable) -> float:
     kept = whole = 0.
     for size in (17, 9, 5, 3):
@@ -601,6 +692,7 @@ def _plain_vif(x: np.ndarray, f: np.ndarray, blur: Callable) -> float:
         whole += np.log10(1 + vx / 2).sum()
     return kept / whole
 
+# %% ../nbs/lib/09_metrics.ipynb #9de6bfc5
 def plain_metrics(fused: np.ndarray,           # (H,W) gray levels 0..255
                   ir: np.ndarray,
                   vi: np.ndarray,
@@ -609,5 +701,6 @@ def plain_metrics(fused: np.ndarray,           # (H,W) gray levels 0..255
     "The paper's four metrics of one image, written plainly."
     f, x, y = (image.astype(np.float64) for image in (fused, ir, vi))
     def corr(a, b): return np.corrcoef(a.ravel(), b.ravel())[0, 1]
-    return {"MI": _plain_mi(x, f) + _plain_mi(y, f), "SD": f.std(), "VIF": _plain_vif(x, f, blur) + _plain_vif(y, f, blur),
+    return {"MI": _plain_mi(x, f) + _plain_mi(y, f), "SD": f.std(),
+            "VIF": _plain_vif(x, f, blur) + _plain_vif(y, f, blur),
             "SCD": corr(f - y, x) + corr(f - x, y)}

@@ -1,9 +1,7 @@
 """Every method of the table: the official outputs, wrong checkpoints, and its training."""
 
 import json
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,7 @@ from caf_nb.sources import Data
 from caf_nb.stages import Search
 from caf_nb.synth import SynthScenes
 from caf_nb.train import caf_recipe, train_fusion
-from caf_nb.zoo import METHODS, as_markdown, build_network, find_method, method_table
+from caf_nb.zoo import METHODS, build_network, find_method, method_table
 from caf_nb.zoo.umfusion import ms_ssim
 
 
@@ -177,12 +175,6 @@ def test_the_table_is_measured():
                 "u2fusion": 659_217, "tardal": 296_577}
     assert table.parameters.to_dict() == official # 435 of DeFusion belong to a layer that its code never uses
     assert table.gflops.gt(0).all() and table.page.str.startswith("https://").all() and table.licence.ne("").all()
-
-
-def test_readme_shows_the_table():
-    "The table in the README is the measured one."
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"<!-- methods: .*? -->\n(.*?)\n<!-- end of methods -->", readme, re.DOTALL)[1] == as_markdown(method_table())
 
 
 @pytest.mark.shared

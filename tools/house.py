@@ -94,9 +94,7 @@ def annotations(tree: ast.Module) -> list[ast.expr]:
 
 def unused() -> list[str]:
     "Exported names that stand nowhere but in the notebook that defines them: no other notebook, test, tool or page, no public signature."
-    texts = {path: "" for path, _ in code_cells()}
-    for path, text in code_cells():
-        texts[path] += text + "\n"
+    texts = {path: "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]) for path, _ in code_cells()}
     others = [p.read_text(encoding="utf-8") for folder in ("tests", "tools", "docs") for p in (ROOT / folder).rglob("*.*") if p.suffix in (".py", ".md")]
     others += [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "pyproject.toml", "Makefile")]
     found = []

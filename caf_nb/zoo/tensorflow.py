@@ -24,7 +24,8 @@ from ..core import CafError
 def _remainders() -> tuple[int, ...]:
     "The CRC-32C of every byte."
     table = list(range(256))
-    for _ in range(8): table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]  # Castagnoli, bits reversed
+    # Castagnoli, bits reversed
+    for _ in range(8): table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
     return tuple(table)
 
 def crc32c(data: bytes) -> int: # 32 bits, not masked
@@ -80,14 +81,17 @@ def _handle(data: bytes, at: int = 0) -> tuple[tuple[int, int], int]: # (offset,
     size, at = _varint(data, at)
     return (offset, size), at
 
+# %% ../../nbs/zoo/tensorflow.ipynb #29be940f
 def _block(table: bytes, offset: int, size: int) -> bytes:
     "The content of the block at `offset`, its checksum verified."
     whole = _piece(table, offset, size + _TRAILER)
     compression, stored = struct.unpack("<BI", whole[size:])
     if _masked(whole[:size + 1]) != stored: raise ValueError(f"the checksum of the block at {offset} is wrong")
-    if compression: raise ValueError(f"the block at {offset} is compressed (kind {compression}), which TensorFlow does not do")
+    if compression:
+        raise ValueError(f"the block at {offset} is compressed (kind {compression}), which TensorFlow does not do")
     return whole[:size]
 
+# %% ../../nbs/zoo/tensorflow.ipynb #37668a5e
 def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     "(key, value) of each entry of a block, in their order."
     (restarts,) = struct.unpack("<I", _piece(block, len(block) - 4, 4))
@@ -97,7 +101,8 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         shared, at = _varint(block, at)
         fresh, at = _varint(block, at)
         size, at = _varint(block, at)
-        if shared > len(key) or shared + fresh > _LONGEST or at + fresh + size > end: raise ValueError(f"an entry reaches outside of its block at {at}")
+        if shared > len(key) or shared + fresh > _LONGEST or at + fresh + size > end:
+            raise ValueError(f"an entry reaches outside of its block at {at}")
         key, at = key[:shared] + block[at:at + fresh], at + fresh + size
         yield key, block[at - size:at]
 
@@ -116,8 +121,10 @@ def _rows(table: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
 
 # %% ../../nbs/zoo/tensorflow.ipynb #7194345f
-_TYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 5: torch.int16, 6: torch.int8, 9: torch.int64, 10: torch.bool,
-          14: torch.bfloat16, 17: torch.uint16, 19: torch.float16, 22: torch.uint32, 23: torch.uint64}  # TensorFlow's types.proto
+_TYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 5: torch.int16, 6: torch.int8,
+          9: torch.int64, 10: torch.bool,
+          # TensorFlow's types.proto
+          14: torch.bfloat16, 17: torch.uint16, 19: torch.float16, 22: torch.uint32, 23: torch.uint64}
 _STRING = 7     # the notes that TensorFlow 2 keeps about itself, no numbers
 _MOST_AXES = 254 # of a tensor in TensorFlow
 
@@ -130,24 +137,30 @@ class _Entry(NamedTuple):
     size: int = 0
     crc: int = 0
 
+# %% ../../nbs/zoo/tensorflow.ipynb #839abce9
 def _numbers(message: bytes, names: Mapping[int, str]) -> dict[str, int]:
     "The fields of a message that have a name, all of them integers."
     found = {names[number]: value for number, value in _fields(message) if number in names}
-    if not all(isinstance(value, int) for value in found.values()): raise ValueError(f"no number where {' or '.join(found)} should be")
+    if not all(isinstance(value, int) for value in found.values()):
+        raise ValueError(f"no number where {' or '.join(found)} should be")
     return found
 
+# %% ../../nbs/zoo/tensorflow.ipynb #a604db63
 def _shape(message: bytes) -> tuple[int, ...]:
     "The shape in a TensorShapeProto."
     dims = tuple(_numbers(value, {1: "dim"}).get("dim", 0) for number, value in _fields(message) if number == 2)
     if len(dims) > _MOST_AXES: raise ValueError(f"a tensor with {len(dims)} axes")
-    if math.prod(dim or 1 for dim in dims) >= 2**63: raise ValueError("a tensor too large to be counted")  # also where one axis is empty
+    # also where one axis is empty
+    if math.prod(dim or 1 for dim in dims) >= 2**63: raise ValueError("a tensor too large to be counted")
     return dims
 
+# %% ../../nbs/zoo/tensorflow.ipynb #be54139f
 def _entry(message: bytes) -> _Entry:
     "A BundleEntryProto."
     nested = {number: value for number, value in _fields(message) if number in (2, 7)}
     if 7 in nested: raise ValueError("a variable is stored in slices, which is not supported")
-    entry = _Entry(shape=_shape(nested.get(2, b"")), **_numbers(message, {1: "dtype", 3: "shard", 4: "offset", 5: "size", 6: "crc"}))
+    entry = _Entry(shape=_shape(nested.get(2, b"")),
+                   **_numbers(message, {1: "dtype", 3: "shard", 4: "offset", 5: "size", 6: "crc"}))
     if entry.dtype == _STRING: return entry
     if entry.dtype not in _TYPES: raise ValueError(f"type {entry.dtype} is none of numbers that PyTorch has")
     needed = math.prod(entry.shape) * _TYPES[entry.dtype].itemsize
@@ -162,13 +175,15 @@ def _index(table: bytes) -> tuple[int, dict[str, _Entry]]: # number of data file
     header = _numbers(value, {1: "shards", 2: "big_endian"}) if name == b"" else {}
     if not 1 <= header.get("shards", 0) <= 99_999: raise ValueError("it is a table, but not of a checkpoint")
     if header.get("big_endian"): raise ValueError("its numbers are big-endian")
-    return header["shards"], {name.decode(errors="backslashreplace"): _entry(value) for name, value in rows}  # slices have binary names
+    # slices have binary names
+    return header["shards"], {name.decode(errors="backslashreplace"): _entry(value) for name, value in rows}
 
 # %% ../../nbs/zoo/tensorflow.ipynb #d7e7d6e6
 def _prefix(path: Path) -> Path:
     "The path of a checkpoint without `.index`, `.meta` or `.data-00000-of-00001`."
     return path.with_name(re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", path.name))
 
+# %% ../../nbs/zoo/tensorflow.ipynb #8d057e70
 def _read_tensor(file: Path, # a data file
                  name: str,
                  entry: _Entry,
@@ -176,33 +191,45 @@ def _read_tensor(file: Path, # a data file
     "One tensor. Raises `CafError` if the file is too short, or the checksum wrong."
     size = file.stat().st_size
     if entry.offset + entry.size > size:
-        raise CafError(f"ends at byte {size}, but {name} needs bytes {entry.offset} to {entry.offset + entry.size}", file, "Download the checkpoint again")
+        raise CafError(f"ends at byte {size}, but {name} needs bytes {entry.offset} to {entry.offset + entry.size}",
+                       file, "Download the checkpoint again")
     with file.open("rb") as data:
         data.seek(entry.offset)
         content = bytearray(data.read(entry.size))
-    if _masked(content) != entry.crc: raise CafError(f"the checksum of {name} is wrong", file, "The file is damaged; download the checkpoint again")
+    if _masked(content) != entry.crc: raise CafError(f"the checksum of {name} is wrong", file,
+                                                     "The file is damaged; download the checkpoint again")
     dtype = _TYPES[entry.dtype]
     return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).reshape(entry.shape)
 
 # %% ../../nbs/zoo/tensorflow.ipynb #0733735e
-def read_tensorflow(path: str | Path, # prefix (`model.ckpt`), or one of the files `.index`, `.meta`, `.data-00000-of-00001`
+# prefix (`model.ckpt`), or one of the files `.index`, `.meta`, `.data-00000-of-00001`
+def read_tensorflow(path: str | Path,
 ) -> dict[str, Tensor]:               # names of TensorFlow -> tensors in TensorFlow's layout, on the CPU
-    "All tensors of a TensorFlow checkpoint (format V2, of 1.x and 2.x); strings are left out. Raises `CafError` on files that are absent, damaged or something else."
+    """All tensors of a TensorFlow checkpoint (format V2, of 1.x and 2.x); strings are left out. Raises `CafError` on
+    files that are absent, damaged or something else."""
     prefix = _prefix(Path(path))
     index = prefix.with_name(f"{prefix.name}.index")
-    if not index.is_file(): raise CafError("there is no such file", index, "Give the .index file of a TensorFlow checkpoint, with the .data files beside it")
+    if not index.is_file():
+        raise CafError("there is no such file", index,
+                       "Give the .index file of a TensorFlow checkpoint, with the .data files beside it")
     try:
         shards, entries = _index(index.read_bytes())
         entries = {name: entry for name, entry in entries.items() if entry.dtype != _STRING}
-        files = {i: prefix.with_name(f"{prefix.name}.data-{i:05d}-of-{shards:05d}") for i in sorted({entry.shard for entry in entries.values()})}
+        files = {i: prefix.with_name(f"{prefix.name}.data-{i:05d}-of-{shards:05d}")
+                 for i in sorted({entry.shard for entry in entries.values()})}
         for i, file in files.items():
             if i >= shards: raise ValueError(f"data file {i} of {shards}")
-            if not file.is_file(): raise CafError("there is no such file", file, "Put all files of the checkpoint into one folder")
-        needed, stored = sum(entry.size for entry in entries.values()), sum(file.stat().st_size for file in files.values())
-        if needed > stored: raise CafError(f"its tensors take {needed} bytes, the data files have {stored}", index, "Download the checkpoint again")
+            if not file.is_file():
+                raise CafError("there is no such file", file, "Put all files of the checkpoint into one folder")
+        needed, stored = sum(entry.size for entry in entries.values()), sum(file.stat().st_size
+                                                                            for file in files.values())
+        if needed > stored:
+            raise CafError(f"its tensors take {needed} bytes, the data files have {stored}", index,
+                           "Download the checkpoint again")
         tensors = {name: _read_tensor(files[entry.shard], name, entry) for name, entry in entries.items()}
     except (ValueError, IndexError, TypeError, OSError) as error:
-        raise CafError(f"cannot be read as a checkpoint ({str(error).partition(chr(10))[0].rstrip('.')})", index, "It may be damaged; download it again") from None
+        raise CafError(f"cannot be read as a checkpoint ({str(error).partition(chr(10))[0].rstrip('.')})", index,
+                       "It may be damaged; download it again") from None
     if not tensors: raise CafError("holds no tensors", index, "Check the path of the weights")
     return tensors
 
