@@ -6,7 +6,7 @@
 __all__ = ['History', 'write_state', 'read_state', 'fingerprint', 'spelled', 'loose_state', 'load_loose_state', 'filling',
            'NotFinite', 'descend', 'Part', 'batch_parts', 'half_type', 'Engine', 'stalled', 'Log']
 
-# %% ../nbs/lib/03_loop.ipynb #33f89150
+# %% ../nbs/lib/03_loop.ipynb #6154828a
 import hashlib
 import shutil
 import zipfile
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchvision.utils import make_grid
 
+from .checkpoints import load_plain
 from .core import CafError, optional, replacing
 
 # %% ../nbs/lib/03_loop.ipynb #9bedd521
@@ -54,8 +55,9 @@ def read_state(file: Path | None,      # None: nothing is kept
     remedy = "Choose another folder, or delete the file to start anew"
     try:
         _check_whole(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        theirs = dict(state["about"])
+        state = load_plain(file)
+        theirs = state["about"]
+        if type(theirs) is not dict: raise ValueError("no account of the training")
     except Exception as error:  # whatever a reader raises on bytes that are no state
         raise CafError(f"is no state of a training ({(str(error).splitlines() or [type(error).__name__])[0]})", file, remedy) from None
     other = [f"{name} {theirs.get(name)} instead of {about.get(name)}" for name in about | theirs if theirs.get(name) != about.get(name)]

@@ -6,7 +6,7 @@
 __all__ = ['textbook_hypergradient', 'write_whole', 'textbook_space', 'traces', 'peak_memory', 'between', 'loss_effects',
            'step_effects', 'picture_effects', 'moved']
 
-# %% ../nbs/lib/20_oracle.ipynb #e9c53cc9
+# %% ../nbs/lib/20_oracle.ipynb #17089d75
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import vgg16
 
+from .checkpoints import load_tensors, read_tensors
 from .data import recolor
 from .hypergradient import Fuse, hypergradient
 from .losses import LossSpace, PAPER, RELEASED, TERMS, Variant
@@ -67,7 +68,7 @@ def textbook_space(variant: str | Variant, # as for `LossSpace`
 ) -> LossSpace:
     "A loss with a VGG-16 built from nothing and read from a file, classifier and all."
     whole = vgg16(weights=None, init_weights=False)
-    whole.load_state_dict(torch.load(file, weights_only=True))
+    load_tensors(whole, read_tensors(file), file)
     return LossSpace(variant, Vgg(whole.features, pretrained))
 
 # %% ../nbs/lib/20_oracle.ipynb #a523dc70

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SearchResult', 'logits', 'search']
 
-# %% ../nbs/lib/21_search.ipynb #fe3ab8e6
+# %% ../nbs/lib/21_search.ipynb #02eb63b6
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checkpoints import load_plain
 from .config import SearchSettings
 from .core import CafError, replacing, seeded
 from .data import Batch, Scene, collate, luma
@@ -182,11 +182,15 @@ def _save(players: _Search, file: Path, about: dict[str, str]) -> None:
 
 def _resume(players: _Search, file: Path, about: dict[str, str]) -> None:
     "Go on from the state in `file`. Raises `CafError` if it cannot be read, or if another search wrote it."
-    try: state = torch.load(file, map_location=players.on, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CafError(f"is no state of a search ({str(error).splitlines()[0]})", file, "Choose another folder, or delete the file to start anew") from None
-    other = [f"{name} {state['about'].get(name)} instead of {value}" for name, value in about.items() if state["about"].get(name) != value]
-    if other: raise CafError(f"belongs to another search: {'; '.join(other)}", file, "Choose another folder, or delete the file to start anew")
+    remedy = "Choose another folder, or delete the file to start anew"
+    try:
+        state = load_plain(file, players.on)
+        theirs = state["about"]
+        if type(theirs) is not dict: raise ValueError("no account of the search")
+    except Exception as error:  # whatever a reader raises on bytes that are no state
+        raise CafError(f"is no state of a search ({(str(error).splitlines() or [type(error).__name__])[0]})", file, remedy) from None
+    other = [f"{name} {theirs.get(name)} instead of {value}" for name, value in about.items() if theirs.get(name) != value]
+    if other: raise CafError(f"belongs to another search: {'; '.join(other)}", file, remedy)
     players.net.load_state_dict(state["net"])
     _load_tensors(players.task, state["task"])
     with torch.no_grad(): players.alpha.copy_(state["alpha"])

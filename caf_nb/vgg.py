@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Vgg', 'load_vgg']
 
-# %% ../nbs/lib/10_vgg.ipynb #cdd603af
+# %% ../nbs/lib/10_vgg.ipynb #eee9d2a7
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
+from .checkpoints import read_tensors
 from .core import CafError
 
 # %% ../nbs/lib/10_vgg.ipynb #d7e1e7da
@@ -61,15 +62,11 @@ def _random_layers(seed: int,
     return layers
 
 def _imagenet_state(file: Path | None) -> dict[str, Tensor]:
-    "State of torchvision's VGG-16: from `file`, else from the cache or the server that torchvision knows."
-    weights = VGG16_Weights.IMAGENET1K_V1
-    try:
-        if file: return torch.load(file, map_location="cpu", weights_only=True)
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # torchvision lets urllib's, pickle's and the file system's errors through
-        cache = Path(torch.hub.get_dir())/"checkpoints"
-        raise CafError(f"the ImageNet weights of VGG-16 cannot be loaded ({error})", file,
-                       f"Put {weights.url} into {cache}, or pass its path as vgg=") from None
+    "State of torchvision's VGG-16: from `file`, or from torchvision's cache. Raises `CafError` if it is not there."
+    url, cache = VGG16_Weights.IMAGENET1K_V1.url, Path(torch.hub.get_dir())/"checkpoints"
+    try: return read_tensors(file or cache/url.rpartition("/")[2])
+    except CafError as error:
+        raise CafError(f"the ImageNet weights of VGG-16 cannot be loaded ({error.cause})", error.file, f"Put {url} into {cache}, or pass its path as vgg=") from None
 
 # %% ../nbs/lib/10_vgg.ipynb #baeabb6f
 def load_vgg(weights: str | Path = "random", # "random", "slim" (random too, with a quarter of the channels), "imagenet", or a file in torchvision's format

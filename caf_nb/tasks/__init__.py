@@ -8,18 +8,18 @@ __all__ = ['Task', 'check_images', 'check_classes', 'check_masks', 'check_rows',
            'Segmenter', 'CITYSCAPES', 'CITYSCAPES_CLASSES', 'DEEPLABS', 'DeepLab', 'colourise', 'overlay',
            'show_segmented', 'SHARED_CLASSES', 'shared_classes', 'find_deeplab', 'Segmented', 'segment', 'painted_by']
 
-# %% ../../nbs/lib/17_tasks.ipynb #352b8bb1
+# %% ../../nbs/lib/17_tasks.ipynb #52789e48
 from .task import Task, check_images, check_classes, check_masks, check_rows
 from .detector import contained_ultralytics, DETECTORS, yolo_batch, Detector
 from .anchors import contained_yolov5, Gains, scaled_gains, AnchorDetector
 from .segmenter import SEGMENTERS, Segmenter
 from caf_nb.tasks.deeplab import (
-    CITYSCAPES, CITYSCAPES_CLASSES, DEEPLABS, DeepLab, colourise,
-    overlay, show_segmented, SHARED_CLASSES, shared_classes, find_deeplab, Segmented,
-    segment, painted_by,
+    CITYSCAPES, CITYSCAPES_CLASSES, DEEPLABS, DeepLab, colourise, overlay,
+    show_segmented, SHARED_CLASSES, shared_classes, find_deeplab, Segmented, segment,
+    painted_by,
 )
 
-# %% ../../nbs/lib/17_tasks.ipynb #b851b59e
+# %% ../../nbs/lib/17_tasks.ipynb #142eda7b
 _all_ = [
     "Task", "check_images", "check_classes", "check_masks", "check_rows", "contained_ultralytics", "DETECTORS",
     "yolo_batch", "Detector", "contained_yolov5", "Gains", "scaled_gains", "AnchorDetector", "SEGMENTERS",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['contained_yolov5', 'Gains', 'scaled_gains', 'AnchorDetector']
 
-# %% ../../nbs/lib/14_anchors.ipynb #85abcc5f
+# %% ../../nbs/lib/14_anchors.ipynb #d715a423
 import atexit
 import importlib
 import logging
@@ -39,7 +39,8 @@ def _import_yolov5() -> None:
     if "yolov5" in sys.modules: return
     folder = tempfile.mkdtemp(prefix="caf_nb_yolov5_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with (patch.dict("os.environ", YOLOV5_CONFIG_DIR=folder, YOLOv5_AUTOINSTALL="false", YOLOv5_VERBOSE="false"), patch.object(sys, "path", list(sys.path)),
+    with (patch.dict("os.environ", YOLOV5_CONFIG_DIR=folder, YOLOv5_AUTOINSTALL="false", YOLOv5_VERBOSE="false"),
+          patch.object(sys, "path", list(sys.path)),
           patch.object(matplotlib, "use", lambda *args, **kwargs: None), matplotlib.rc_context(),
           pd.option_context("display.max_columns", pd.get_option("display.max_columns"))):
         try: importlib.import_module("yolov5")
@@ -48,6 +49,7 @@ def _import_yolov5() -> None:
             raise CafError(cause, remedy=_INSTALL) from None
         finally: torch.set_printoptions(profile="default")
 
+# %% ../../nbs/lib/14_anchors.ipynb #6e6d97fb
 @contextmanager
 def contained_yolov5() -> Iterator[tuple[ModuleType, ModuleType]]: # its modules models.yolo and utils.loss
     "A room for the original YOLOv5: quiet, and the process-wide state is put back at the end."
@@ -75,16 +77,19 @@ def scaled_gains(box: float, obj: float, cls: float, # as in the file of hyperpa
     return Gains(box * 3 / layers, obj * (size / 640)**2 * 3 / layers, cls * classes / 80 * 3 / layers)
 
 # %% ../../nbs/lib/14_anchors.ipynb #aa0ed779
-_LAYERS = ("Conv", "C3", "Bottleneck", "SPPF", "Concat", "DWConv", "SPP", "Focus", "BottleneckCSP", "Contract", "Expand")
+_LAYERS = ("Conv", "C3", "Bottleneck", "SPPF", "Concat", "DWConv", "SPP", "Focus", "BottleneckCSP", "Contract",
+           "Expand")
 _PICKLED = [f"{prefix}models.{name}" for prefix in ("", "yolov5.")
             for name in (*(f"common.{layer}" for layer in _LAYERS), "yolo.Detect", "yolo.Model", "yolo.DetectionModel")]
 
 def _read_network(file: str | Path) -> dict[str, Tensor]: # names of a DetectionModel
     "The tensors of the network in a .pt file of the original repository."
     tensors = read_tensors(file, classes=(*_PICKLED, *NUMPY_NAMES))
-    networks = {part: {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")} for part in ("ema", "model")}
+    networks = {part: {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+                for part in ("ema", "model")}
     return networks["ema"] or networks["model"]
 
+# %% ../../nbs/lib/14_anchors.ipynb #2ae52d5b
 def _load_network(net: nn.Module,   # a DetectionModel; changed in place
                   file: str | Path,
                   model: str,       # its name, for the message
@@ -94,7 +99,8 @@ def _load_network(net: nn.Module,   # a DetectionModel; changed in place
     head = f"model.{len(net.model) - 1}.m."
     fitting = {name: t for name, t in theirs.items() if name in ours and t.shape == ours[name].shape}
     if any(name not in fitting for name in ours if not name.startswith(head)):
-        raise CafError(f"holds another network than {model}", file, f"Give the weights of {model}, release 6.0 or later of the original repository")
+        raise CafError(f"holds another network than {model}", file,
+                       f"Give the weights of {model}, release 6.0 or later of the original repository")
     whole = fitting.keys() == ours.keys()
     net.load_state_dict(ours | {name: t for name, t in fitting.items() if whole or not name.startswith(head)})
     return whole
@@ -110,7 +116,8 @@ class AnchorDetector(nn.Module):
                  seed: int = 0,                             # of all weights that `weights` does not bring
     ):
         super().__init__()
-        if model not in DETECTORS: raise CafError(f"there is no detector {model!r}", remedy=f"Choose one of {', '.join(DETECTORS)}")
+        if model not in DETECTORS:
+            raise CafError(f"there is no detector {model!r}", remedy=f"Choose one of {', '.join(DETECTORS)}")
         self.classes, self.model = tuple(classes), model
         with contained_yolov5() as (yolo, _):
             package = Path(sys.modules["yolov5"].__file__).parent
@@ -120,7 +127,8 @@ class AnchorDetector(nn.Module):
         self.provenance = f"random (seed {seed})"
         if weights is None: return
         whole = _load_network(self.net, weights, model)
-        notes = ["COCO, by its name"] * (Path(weights).name == f"{model}.pt") + [f"head random, seed {seed}"] * (not whole)
+        notes = ["COCO, by its name"] * (
+            Path(weights).name == f"{model}.pt") + [f"head random, seed {seed}"] * (not whole)
         self.provenance = Path(weights).name + (f" ({'; '.join(notes)})" if notes else "")
 
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32

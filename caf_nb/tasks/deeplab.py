@@ -6,7 +6,7 @@
 __all__ = ['CITYSCAPES', 'CITYSCAPES_CLASSES', 'DEEPLABS', 'SHARED_CLASSES', 'DeepLab', 'colourise', 'overlay', 'show_segmented',
            'shared_classes', 'find_deeplab', 'Segmented', 'segment', 'painted_by']
 
-# %% ../../nbs/lib/16_deeplab.ipynb #faf39cb6
+# %% ../../nbs/lib/16_deeplab.ipynb #3ce3a10b
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,14 @@ from .task import check_images, check_masks
 
 # %% ../../nbs/lib/16_deeplab.ipynb #fc83ab24
 CITYSCAPES: dict[str, tuple[int, int, int]] = { # class -> its colour, in the order of the class indices
-    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156), "fence": (190, 153, 153),
-    "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0), "vegetation": (107, 142, 35),
-    "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60), "rider": (255, 0, 0), "car": (0, 0, 142),
-    "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100), "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60), "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100), "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32)}
 CITYSCAPES_CLASSES = tuple(CITYSCAPES)
 
 # %% ../../nbs/lib/16_deeplab.ipynb #f37dd93c
@@ -37,6 +41,7 @@ class _PaddedFirst(nn.Sequential):
     pad = 0
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.pad(x, (self.pad,) * 4))
 
+# %% ../../nbs/lib/16_deeplab.ipynb #fcede34e
 class _MobileNet(nn.Module):
     "MobileNetV2 at output stride 16, cut and padded as in the public checkpoints."
 
@@ -65,14 +70,18 @@ class _Head(nn.Module):
         super().__init__()
         self.project = nn.Sequential(nn.Conv2d(low, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
         self.aspp = aspp
-        self.classifier = nn.Sequential(nn.Conv2d(48 + 256, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, classes, 1))
+        self.classifier = nn.Sequential(nn.Conv2d(48 + 256, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256),
+                                        nn.ReLU(), nn.Conv2d(256, classes, 1))
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         low, high = self.project(low), self.aspp(high)
         return self.classifier(torch.cat([low, _resized(high, low)], 1))
 
-def _resized(x: Tensor, like: Tensor) -> Tensor: return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+# %% ../../nbs/lib/16_deeplab.ipynb #6329546f
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
+# %% ../../nbs/lib/16_deeplab.ipynb #c9e29c30
 class _Network(nn.Module):
     "DeepLabV3+ at output stride 16: images (B,3,H,W) to logits (B,classes,H,W), for any H and W."
 
@@ -80,7 +89,9 @@ class _Network(nn.Module):
         super().__init__()
         smp = optional("segmentation_models_pytorch", "tasks")
         aspp = optional("segmentation_models_pytorch.decoders.deeplabv3.decoder", "tasks").ASPP
-        if model == "mobilenet": self.backbone, low, high = _MobileNet(smp.encoders.get_encoder("mobilenet_v2", weights=None, output_stride=16)), 24, 320
+        if model == "mobilenet":
+            self.backbone, low, high = _MobileNet(smp.encoders.get_encoder("mobilenet_v2", weights=None,
+                                                                           output_stride=16)), 24, 320
         else:
             self.backbone, low, high = smp.encoders.get_encoder("resnet101", weights=None, output_stride=16), 256, 2048
             first = self.backbone.layer4[0].conv2  # gave up its stride; dilation begins behind it
@@ -113,14 +124,17 @@ class DeepLab(nn.Module):
     ignore = 255  # the label of pixels that do not count
 
     def __init__(self, weights: str | Path | None = None,            # local file, or None for random weights
-                 model: str | None = None,                           # one of `DEEPLABS`; None: what the file is for, "mobilenet" without one
+                 # one of `DEEPLABS`; None: what the file is for, "mobilenet" without one
+                 model: str | None = None,
                  classes: Sequence[str] = CITYSCAPES_CLASSES,        # names, in the order of the class indices
                  seed: int = 0,                                      # of the random weights
     ):
         super().__init__()
         state = None if weights is None else _read_weights(weights)
-        self.classes, self.model = tuple(classes), model or ("mobilenet" if state is None else _model_of(state, weights))
-        if self.model not in DEEPLABS: raise CafError(f"there is no DeepLab with {self.model!r}", remedy=f"Choose one of {', '.join(DEEPLABS)}")
+        self.classes, self.model = tuple(classes), model or ("mobilenet" if state is None
+                                                             else _model_of(state, weights))
+        if self.model not in DEEPLABS:
+            raise CafError(f"there is no DeepLab with {self.model!r}", remedy=f"Choose one of {', '.join(DEEPLABS)}")
         with seeded(seed): self.net = _Network(self.model, len(self.classes))
         if state is not None: load_tensors(self.net, state, weights)
         self.provenance = f"random (seed {seed})" if weights is None else Path(weights).name
@@ -135,10 +149,12 @@ class DeepLab(nn.Module):
     def loss(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
     ) -> Tensor:                   # scalar
-        "Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes, unknown classes, and one image in training mode."
+        """Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes, unknown classes, and one image in
+        training mode."""
         check_masks(images, targets, self.classes, self.ignore)
         if self.training and len(images) < 2:
-            raise CafError("the pooled branch of the ASPP is normalised over the batch, which holds one image", remedy="Give at least two images, or call eval()")
+            raise CafError("the pooled branch of the ASPP is normalised over the batch, which holds one image",
+                           remedy="Give at least two images, or call eval()")
         return F.cross_entropy(self.logits(images), targets.to(images.device), ignore_index=self.ignore)
 
     @torch.no_grad()
@@ -163,6 +179,7 @@ def colourise(labels: Tensor,                              # (H,W) class index
 def _float_rgb(picture: Tensor) -> Tensor: # (3,H,W) in [0,1]
     return (picture.float() / 255 if picture.dtype == torch.uint8 else picture).expand(3, -1, -1)
 
+# %% ../../nbs/lib/16_deeplab.ipynb #dadff508
 def overlay(picture: Tensor,                             # (1,H,W) or (3,H,W), uint8 or float in [0,1]
             labels: Tensor,                              # (H,W) class index
             classes: Sequence[str] = CITYSCAPES_CLASSES,
@@ -174,20 +191,23 @@ def overlay(picture: Tensor,                             # (1,H,W) or (3,H,W), u
     return torch.where(painted, (1 - opacity) * picture + opacity * colourise(labels, classes), picture)
 
 # %% ../../nbs/lib/16_deeplab.ipynb #1f500276
-def show_segmented(pictures: Mapping[str, Tensor],           # title -> picture of one scene, (1,H,W) or (3,H,W), uint8 or float in [0,1]
+# title -> picture of one scene, (1,H,W) or (3,H,W), uint8 or float in [0,1]
+def show_segmented(pictures: Mapping[str, Tensor],
                    labels: Mapping[str, Tensor],             # the same titles -> (H,W) class index
                    classes: Sequence[str] = CITYSCAPES_CLASSES,
 ) -> list[list[Axes]]:                                       # the pictures above, the overlays below
     "A row of pictures, what was seen in each below it, and a legend of the classes that occur."
     h, w = next(iter(pictures.values())).shape[-2:]
-    fig, axes = plt.subplots(2, len(pictures), figsize=(1.8 * len(pictures), 3.6 * h / w + 0.5), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(2, len(pictures), figsize=(1.8 * len(pictures), 3.6 * h / w + 0.5), squeeze=False,
+                             layout="constrained")
     for (title, picture), (above, below) in zip(pictures.items(), axes.T):
         above.imshow(overlay(picture, labels[title], classes, opacity=0).permute(1, 2, 0))
         below.imshow(overlay(picture, labels[title], classes).permute(1, 2, 0))
         above.set_title(title, fontsize=7)
         for ax in (above, below): ax.axis("off")
     occurring = sorted({int(i) for seen in labels.values() for i in seen.unique()})
-    named = [Patch(color=[c / 255 for c in CITYSCAPES[classes[i]]], label=classes[i]) for i in occurring if classes[i] in CITYSCAPES]
+    named = [Patch(color=[c / 255 for c in CITYSCAPES[classes[i]]], label=classes[i]) for i in occurring
+             if classes[i] in CITYSCAPES]
     if named: fig.legend(handles=named, loc="outside lower center", ncols=min(len(named), 8), fontsize=7, frameon=False)
     return axes.tolist()
 
@@ -205,24 +225,31 @@ def find_deeplab(root: str | Path, # folder of weights; "" for none
     "A public Cityscapes checkpoint, root/deeplab/*cityscapes*; of several the last by name, which is the ResNet."
     return max((Path(root)/"deeplab").glob("*cityscapes*"), default=None) if str(root) else None
 
+# %% ../../nbs/lib/16_deeplab.ipynb #8c772a06
 class Segmented(NamedTuple):
     "What is painted over the pictures of one scene."
     labels: dict[str, Tensor] # picture -> (H,W) class index
     classes: tuple[str, ...]
 
+# %% ../../nbs/lib/16_deeplab.ipynb #298c95aa
 def segment(pictures: Mapping[str, Tensor], # name -> picture of one scene, (1,H,W) or (3,H,W), uint8 or float in [0,1]
             deeplab: DeepLab | None,        # None: the true masks
             scene: Scene,                   # whose pictures they are
 ) -> Segmented:
-    "What DeepLabV3+ sees in each picture, or without one what is there. Raises `CafError` if there is neither a network nor a mask."
+    """What DeepLabV3+ sees in each picture, or without one what is there. Raises `CafError` if there is neither a
+    network nor a mask."""
     if deeplab is not None:
-        return Segmented({name: deeplab.predict(_float_rgb(picture)[None])[0] for name, picture in pictures.items()}, deeplab.classes)
+        return Segmented({name: deeplab.predict(_float_rgb(picture)[None])[0] for name, picture in pictures.items()},
+                         deeplab.classes)
     if not scene.mask.numel():
-        raise CafError(f"there is no mask of {scene.stem}, and no DeepLabV3+ to make one", remedy="Give a Cityscapes checkpoint in weights_root/deeplab, or take embedded scenes")
+        raise CafError(f"there is no mask of {scene.stem}, and no DeepLabV3+ to make one",
+                       remedy="Give a Cityscapes checkpoint in weights_root/deeplab, or take embedded scenes")
     return Segmented(dict.fromkeys(pictures, shared_classes(scene.mask)), SHARED_CLASSES)
 
+# %% ../../nbs/lib/16_deeplab.ipynb #508d55df
 def painted_by(deeplab: DeepLab | None) -> str: # a sentence
     "Who painted the overlays of a figure."
-    if deeplab is not None: return f"The overlays are what DeepLabV3+ ({deeplab.model}, weights {deeplab.provenance}) sees in each picture."
+    if deeplab is not None:
+        return f"The overlays are what DeepLabV3+ ({deeplab.model}, weights {deeplab.provenance}) sees in each picture."
     return ("The overlays are a stand-in: no Cityscapes checkpoint was given, so the true masks of the embedded scenes are painted, the same in every column. "
             "No network has looked at the pictures, and nothing about a method follows from them.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DETECTORS', 'contained_ultralytics', 'yolo_batch', 'Detector']
 
-# %% ../../nbs/lib/13_detector.ipynb #828b9004
+# %% ../../nbs/lib/13_detector.ipynb #94e8d735
 import atexit
 import importlib
 import logging
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checkpoints import NUMPY_NAMES, read_checkpoint
 from ..core import CafError, optional
 from ..data import Batch
 from .task import check_images, check_rows
@@ -63,6 +64,7 @@ _PROCESS_STATE = (
     (lambda: Image.open, lambda open_image: setattr(Image, "open", open_image)),
 )
 
+# %% ../../nbs/lib/13_detector.ipynb #e9b9e903
 @contextmanager
 def _process_state_kept() -> Iterator[None]:
     "Whatever the body does to the process-wide state of `_PROCESS_STATE` is undone."
@@ -121,26 +123,42 @@ def _detection_network(model: str,           # one of `DETECTORS`
     return net
 
 # %% ../../nbs/lib/13_detector.ipynb #2543e767
+_RECORDS = ("ultralytics.", "models.", "torch.device",
+            *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+            *NUMPY_NAMES) # what files of ultralytics and of the original repository name
+
+def _trained_network(file: str | Path, # a .pt file of ultralytics
+                     model: str,
+) -> nn.Module:                        # a DetectionModel of ours
+    "The network in a file. Raises `CafError` if the file is missing, unreadable, or holds another network."
+    tensors, texts = read_checkpoint(file, _RECORDS)
+    part = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
+    tensors = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
+    names = [texts.get(f"{part}names.{i}", "") for i in range(sum(name.startswith(f"{part}names.") for name in texts))]
+    rows = next((t for name, t in tensors.items() if name.endswith(".cv3.0.2.weight")), torch.empty(0))
+    if rows.ndim == 4 and len(rows) == len(names):
+        net = _detection_network(model, tuple(map(str, range(min(rows.shape[1], 100)))), seed=0)
+        for branch in net.model[-1].cv3: branch[-1] = nn.Conv2d(branch[-1].in_channels, len(names), 1)
+        net.names = dict(enumerate(names))
+        fitting = {name: tensors[name] for name, t in net.state_dict().items() if name in tensors
+                   and tensors[name].shape == t.shape}
+        if len(fitting) == len(net.state_dict()):
+            net.load_state_dict(fitting)
+            return net
+    raise CafError(f"holds another network than {model} of ultralytics", file,
+                   f"Ask for the model that the file was trained for, as {model}u.pt; AnchorDetector takes files of the original repository")
+
+# %% ../../nbs/lib/13_detector.ipynb #445dd2bf
 def _load_detector(net: nn.Module,   # an ultralytics DetectionModel; changed in place
                    file: str | Path, # a .pt file of ultralytics
                    model: str,
                    seed: int = 0,    # of what the file does not bring
 ) -> list[str]:                      # classes that the file does not know
     "Load trained weights. Raises `CafError` if the file is missing, unreadable, or holds another network."
-    file, tasks = Path(file), optional("ultralytics.nn.tasks", "tasks")
-    if not file.is_file(): raise CafError("there is no such weights file", file, "Give the path of a local .pt file")
-    try: checkpoint, _ = tasks.torch_safe_load(str(file.resolve()), safe_only=True)
-    except Exception as error:  # whatever an unpickler raises on bytes that are no checkpoint
-        cause = f"cannot be read as weights of ultralytics ({type(error).__name__})"
-        raise CafError(cause, file, "Give a .pt file that ultralytics wrote") from None
-    source = checkpoint.get("ema") or checkpoint.get("model")
-    theirs = source.state_dict() if isinstance(source, nn.Module) else {}
-    head = f"model.{len(net.model) - 1}."
-    if any(name not in theirs or theirs[name].shape != t.shape for name, t in net.state_dict().items() if not name.startswith(head)):
-        raise CafError(f"holds another network than {model}", file, "Ask for the model that the file was trained for")
+    source = _trained_network(file, model)
     torch.manual_seed(seed)
     net.load(source, verbose=False)
-    known = {str(name).strip().lower() for name in dict(source.names).values()}
+    known = {name.strip().lower() for name in source.names.values()}
     return [name for name in net.names.values() if name.lower() not in known]
 
 # %% ../../nbs/lib/13_detector.ipynb #c57c31bd
@@ -154,7 +172,8 @@ def yolo_batch(images: Tensor,          # (B,3,H,W) in [0,1]
     tall, wide = (-(-side // _STRIDE) * _STRIDE for side in (h, w))
     rows = torch.cat([t.to(images.device, torch.float32) for t in targets])
     index = torch.cat([torch.full((len(t),), i, device=images.device) for i, t in enumerate(targets)])
-    return {"img": F.pad(images, (0, wide - w, 0, tall - h), value=_PAD_GRAY), "batch_idx": index.float(), "cls": rows[:, :1],
+    return {"img": F.pad(images, (0, wide - w, 0, tall - h), value=_PAD_GRAY), "batch_idx": index.float(),
+            "cls": rows[:, :1],
             "bboxes": rows[:, 1:] * rows.new_tensor([w / wide, h / tall, w / wide, h / tall])}
 
 # %% ../../nbs/lib/13_detector.ipynb #2f74b88b
@@ -177,7 +196,8 @@ class Detector(nn.Module):
     ) -> None:
         "Take over trained weights. Raises `CafError` if the file is missing, unreadable, or holds another network."
         with contained_ultralytics(): new = _load_detector(self.net, weights, self.model, self.seed)
-        notes = ["COCO, by its name"] * (Path(weights).name == f"{self.model}u.pt") + [f"no {', '.join(new)} in it, seed {self.seed}"] * bool(new)
+        notes = ["COCO, by its name"] * (
+            Path(weights).name == f"{self.model}u.pt") + [f"no {', '.join(new)} in it, seed {self.seed}"] * bool(new)
         self.provenance = Path(weights).name + (f" ({'; '.join(notes)})" if notes else "")
 
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32
@@ -193,6 +213,7 @@ class Detector(nn.Module):
         "The boxes, which are what `loss` reads of a labelled batch."
         return batch.boxes
 
-    def _apply(self, fn, *args, **kwargs):  # the loss of ultralytics remembers its device: forget it when the weights move
+    # the loss of ultralytics remembers its device: forget it when the weights move
+    def _apply(self, fn, *args, **kwargs):
         self.net.criterion = None
         return super()._apply(fn, *args, **kwargs)

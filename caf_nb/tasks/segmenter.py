@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SEGMENTERS', 'Segmenter']
 
-# %% ../../nbs/lib/15_segmenter.ipynb #5288f6a3
+# %% ../../nbs/lib/15_segmenter.ipynb #1aa0b8b9
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints import read_tensors
 from ..core import CafError, optional
 from ..data import Batch
 from .task import check_masks
 
 # %% ../../nbs/lib/15_segmenter.ipynb #29458d39
-SEGMENTERS = {"tiny": dict(hidden_sizes=(16, 32, 48, 64), num_attention_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1), decoder_hidden_size=64),
-              "b0": dict(hidden_sizes=(32, 64, 160, 256), num_attention_heads=(1, 2, 5, 8), depths=(2, 2, 2, 2), decoder_hidden_size=256),
-              "b1": dict(hidden_sizes=(64, 128, 320, 512), num_attention_heads=(1, 2, 5, 8), depths=(2, 2, 2, 2), decoder_hidden_size=256)}
+SEGMENTERS = {"tiny": dict(hidden_sizes=(16, 32, 48, 64), num_attention_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1),
+                           decoder_hidden_size=64),
+              "b0": dict(hidden_sizes=(32, 64, 160, 256), num_attention_heads=(1, 2, 5, 8), depths=(2, 2, 2, 2),
+                         decoder_hidden_size=256),
+              "b1": dict(hidden_sizes=(64, 128, 320, 512), num_attention_heads=(1, 2, 5, 8), depths=(2, 2, 2, 2),
+                         decoder_hidden_size=256)}
 
 @contextmanager
 def _quiet_transformers() -> Iterator[ModuleType]:
@@ -39,31 +44,64 @@ def _quiet_transformers() -> Iterator[ModuleType]:
             log.set_verbosity(level)
             if bar: log.enable_progress_bar()
 
+# %% ../../nbs/lib/15_segmenter.ipynb #77292aad
+def _shards(index: Path) -> list[Path]: # model.safetensors.index.json or pytorch_model.bin.index.json
+    "The files that an index lists. Raises `CafError` unless it lists files inside of its folder."
+    folder = index.parent.resolve()
+    try: shards = sorted({(folder/name).resolve() for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        raise CafError("is no list of weight files", index, "Download the folder again") from None
+    outside = [shard.name for shard in shards if not shard.is_relative_to(folder)]
+    if outside:
+        raise CafError(f"lists a file outside of its folder ({outside[0][:80]!r})", index,
+                       "Do not use this folder unless you trust its origin")
+    return shards
+
+# %% ../../nbs/lib/15_segmenter.ipynb #fdaf8af6
+def _folder_tensors(folder: Path) -> dict[str, Tensor]:
+    "The tensors in a folder of save_pretrained. Raises `CafError` if there are none."
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder/name).is_file(): return read_tensors(folder/name)
+        index = folder/f"{name}.index.json"
+        if index.is_file():
+            return {key: tensor for shard in _shards(index) for key, tensor in read_tensors(shard).items()}
+    raise CafError("is no folder of weights (model.safetensors and pytorch_model.bin are missing)", folder,
+                   "Give a folder that save_pretrained wrote")
+
 # %% ../../nbs/lib/15_segmenter.ipynb #dcc70abe
 def _segmentation_network(model: str,                # one of `SEGMENTERS`
                           classes: tuple[str, ...],
                           weights: str | Path | None, # a folder of save_pretrained
                           seed: int,                 # of all weights that `weights` does not bring
-) -> tuple[nn.Module, str]:                          # a SegformerForSemanticSegmentation, and where its weights come from
-    "Build SegFormer without the network. Raises `CafError` on an unknown size and on weights that are unreadable or of something else."
+# a SegformerForSemanticSegmentation, and where its weights come from
+) -> tuple[nn.Module, str]:
+    """Build SegFormer without the network. Raises `CafError` on an unknown size and on weights that are unreadable or
+    of something else."""
     if model not in SEGMENTERS:
         raise CafError(f"there is no segmenter {model!r}", remedy=f"Choose one of {', '.join(SEGMENTERS)}")
     folder = None if weights is None else Path(weights)
     if folder is not None and not (folder/"config.json").is_file():
-        raise CafError("is no folder of weights (config.json is missing)", folder, "Give a folder that save_pretrained wrote")
+        raise CafError("is no folder of weights (config.json is missing)", folder,
+                       "Give a folder that save_pretrained wrote")
     with _quiet_transformers() as library, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        config = library.SegformerConfig(num_labels=len(classes), id2label=dict(enumerate(classes)), **SEGMENTERS[model])
+        config = library.SegformerConfig(num_labels=len(classes), id2label=dict(enumerate(classes)),
+                                         **SEGMENTERS[model])
         if folder is None: return library.SegformerForSemanticSegmentation(config), f"random (seed {seed})"
+        tensors = _folder_tensors(folder)
         try:
             net, info = library.SegformerForSemanticSegmentation.from_pretrained(
-                str(folder), config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+                None, config=config, state_dict=tensors, local_files_only=True, dtype=torch.float32,
+                output_loading_info=True)
         except (OSError, RuntimeError, ValueError) as error:
             cause = f"cannot be loaded into SegFormer {model} ({str(error).strip().splitlines()[0]})"
             raise CafError(cause, folder, "Ask for the size that the folder holds") from None
     missing = [name for name in info["missing_keys"] if not name.startswith("decode_head.")]
-    if missing: raise CafError(f"holds no encoder of SegFormer ({len(missing)} weights are missing, such as {min(missing)})", folder, "Give a folder of SegFormer")
-    notes = ["ImageNet, by its name"] * (folder.name == f"mit-{model}") + [f"encoder only; decoder random, seed {seed}"] * bool(info["missing_keys"])
+    if missing:
+        raise CafError(f"holds no encoder of SegFormer ({len(missing)} weights are missing, such as {min(missing)})",
+                       folder, "Give a folder of SegFormer")
+    notes = ["ImageNet, by its name"] * (
+        folder.name == f"mit-{model}") + [f"encoder only; decoder random, seed {seed}"] * bool(info["missing_keys"])
     return net, folder.name + (f" ({'; '.join(notes)})" if notes else "")
 
 # %% ../../nbs/lib/15_segmenter.ipynb #d9e8cdde

@@ -30,26 +30,35 @@ def check_images(images: Tensor, # RGB (B,3,H,W)
 ) -> None:
     "Raises `CafError` unless `images` is a batch of RGB images with a target each."
     if images.ndim != 4 or images.shape[1] != 3:
-        raise CafError(f"images have shape {tuple(images.shape)} instead of (B,3,H,W)", remedy="Give a luminance its colour with caf_nb.data.recolor")
-    if targets != len(images): raise CafError(f"{len(images)} images, but {targets} targets", remedy="Give one target an image")
+        raise CafError(f"images have shape {tuple(images.shape)} instead of (B,3,H,W)",
+                       remedy="Give a luminance its colour with caf_nb.data.recolor")
+    if targets != len(images):
+        raise CafError(f"{len(images)} images, but {targets} targets", remedy="Give one target an image")
 
+# %% ../../nbs/lib/12_task.ipynb #e82668c6
 def check_classes(labels: Tensor,         # any shape
                    classes: Sequence[str],
                    ignore: int = -1,       # a label that stands for nothing
 ) -> None:
     "Raises `CafError` if a label is no index of `classes`."
     wrong = labels[((labels < 0) | (labels >= len(classes))) & (labels != ignore)]
-    if len(wrong): raise CafError(f"class index {int(wrong[0])} in the labels, but there are {len(classes)} classes", remedy="Map the labels by class name")
+    if len(wrong):
+        raise CafError(f"class index {int(wrong[0])} in the labels, but there are {len(classes)} classes",
+                       remedy="Map the labels by class name")
 
+# %% ../../nbs/lib/12_task.ipynb #62114529
 def check_masks(images: Tensor, targets: Tensor, classes: Sequence[str], ignore: int) -> None:
     "Raises `CafError` unless `targets` (B,H,W) are the masks of `images` (B,3,H,W), with known classes."
     check_images(images, len(targets))
     if targets.shape[1:] != images.shape[2:]:
-        raise CafError(f"images are {tuple(images.shape[2:])}, masks {tuple(targets.shape[1:])} pixels", remedy="Resize them together")
+        raise CafError(f"images are {tuple(images.shape[2:])}, masks {tuple(targets.shape[1:])} pixels",
+                       remedy="Resize them together")
     check_classes(targets, classes, ignore)
 
+# %% ../../nbs/lib/12_task.ipynb #49566b0a
 def check_rows(rows: Tensor, classes: Sequence[str]) -> None:
     "Raises `CafError` unless `rows` are the boxes of one image, (n,5), with known classes."
     if rows.ndim != 2 or rows.shape[1] != 5:
-        raise CafError(f"boxes have shape {tuple(rows.shape)} instead of (n,5)", remedy="Give rows of class, cx, cy, w, h")
+        raise CafError(f"boxes have shape {tuple(rows.shape)} instead of (n,5)",
+                       remedy="Give rows of class, cx, cy, w, h")
     check_classes(rows[:, 0], classes)
