@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['textbook_hypergradient', 'write_whole', 'textbook_space', 'traces', 'peak_memory', 'between', 'loss_effects',
-           'step_effects', 'picture_effects', 'moved']
+           'step_effects', 'picture_effects']
 
 # %% ../nbs/lib/20_oracle.ipynb #17089d75
 from collections.abc import Callable
@@ -159,10 +159,3 @@ def _clamped(fused: Tensor, vi: Tensor) -> float:
     fused = fused.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(recolor(fused, vi).sum(), fused)
     return (slope == 0).float().mean().item()
-
-# %% ../nbs/lib/20_oracle.ipynb #c5c1a6a4
-def moved(beta: Tensor, # (15,) on the simplex
-          other: Tensor, # (15,)
-) -> float:              # in [0, 1]
-    "The share of weight that has to move to make one of the other."
-    return 0.5 * (beta - other).abs().sum().item()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from caf_nb.core import CafError
-from caf_nb.losses import TERMS, LossSpace, saliency_weights
+from caf_nb.losses import TERM_TABLE, TERMS, LossSpace, Term, saliency_weights
 from caf_nb.vgg import load_vgg
 
 
@@ -37,6 +37,14 @@ def test_released_terms(golden, released, mode):
     ours = dict(zip(TERMS, released.terms(golden[f"fused_{mode}"], golden["ir"], golden["vi"]).tolist()))
     assert set(official) - set(ours) == {"l2_ir_masked", "l2_vi_masked"}
     assert ours == pytest.approx({name: official[name] for name in TERMS}, rel=1e-5)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("term", TERM_TABLE, ids=[f"{term.letter}-{term.name}" for term in TERM_TABLE])
+def test_a_released_term_alone(golden, released, term: Term):
+    targets = released.targets(golden["ir"], golden["vi"])
+    ours = term(released.fused(golden["fused_eval"]), targets, released.variant)
+    assert ours.item() == pytest.approx(golden["terms_eval"][golden["names"].index(term.name)].item(), rel=1e-5)
 
 
 @pytest.mark.shared
