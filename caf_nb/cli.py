@@ -115,17 +115,18 @@ report_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exc
 def _look_first(name: str, out: str, inputs: tuple[str, str, str], yes: bool) -> None:
     "Say what a run on published data needs and how long it takes, and ask. Raises `CafError` with all that is missing."
     from caf_nb.config import Profile
-    from caf_nb.needs import check, describe, estimate, require
+    from caf_nb.needs import cost_table, describe, require
     from caf_nb.report import cache_folder
-    from caf_nb.rows import Setup, table1, table2, table3
+    from caf_nb.rows import Setup, row_needs, table1, table2, table3
     profile, (data_root, weights_root, fused_root) = Profile.named(name), inputs
     if profile.data.source != "published" and not data_root: return
-    needs = check(profile, *inputs, cache=cache_folder(out))
+    setup = Setup(profile=profile, data_root=data_root, weights_root=weights_root, fused_root=fused_root,
+                  trained=profile.trained, cache=str(cache_folder(out)))
+    needs = row_needs(setup, list(dict.fromkeys((*profile.methods, *profile.ablation))))
     if any(need.state == "missing" for need in needs): typer.echo(describe(profile, needs))
     require(needs)
-    setup = Setup(profile=profile, data_root=data_root, weights_root=weights_root, fused_root=fused_root, trained=profile.trained, cache=str(cache_folder(out)))
     stages = [*table1(setup, profile.methods).values(), *table2(setup, profile.methods).values(), *table3(setup, profile.ablation).values()]
-    typer.echo(describe(profile, needs, estimate(stages)))
+    typer.echo(describe(profile, needs, cost_table(stages)))
     if not yes: typer.confirm("Start?", abort=True)
 
 @report_app.command()

@@ -83,7 +83,7 @@ def test_figures_of_the_tables(out, name, title):
 
 
 @pytest.mark.parametrize("name, parameters, cause", [("table2", {"profile": "huge"}, "there is no profile 'huge'"),
-                                                     ("figure2", {"methods": "ir,magic"}, "there is no method 'magic'"),
+                                                     ("figure2", {"methods": "ir,magic"}, "there is no row 'magic'"),
                                                      ("table1", {"profile": "paper"}, "DIDFuse")])
 def test_bad_parameters(tmp_path, name, parameters, cause):
     done = papermill(name, tmp_path / "smoke", **parameters)

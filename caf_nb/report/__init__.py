@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Printed', 'MAP', 'MAP50', 'COLUMNS', 'ROWS', 'PRINTED', 'paper_table', 'compare', 'show_table', 'plot_table',
            'Claimed', 'CLAIMED', 'standing', 'conclusion', 'output_folder', 'cache_folder', 'listed', 'save_results',
-           'results_summary', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery', 'gallery', 'Window',
-           'telling_windows', 'Boxes', 'labelled', 'show_insets', 'at_hand', 'show_fused', 'detect', 'MFNET_COLOURS',
-           'painted', 'class_legend', 'rich_scenes', 'Part', 'PARTS', 'LAST', 'CHAPTERS', 'paper_notebooks',
-           'parameter_names', 'waits_for', 'Inputs', 'surroundings', 'fingerprint', 'Done', 'Ledger', 'stage_line',
-           'run_notebook', 'run_in_order', 'Ran', 'write_page', 'room_for', 'build_report']
+           'results_summary', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery', 'choose_models', 'Window',
+           'telling_windows', 'Boxes', 'labelled', 'show_insets', 'available_rows', 'show_fused', 'detect',
+           'MFNET_COLOURS', 'painted', 'class_legend', 'rich_scenes', 'Part', 'PARTS', 'LAST', 'CHAPTERS',
+           'paper_notebooks', 'parameter_names', 'waits_for', 'Inputs', 'surroundings', 'fingerprint', 'Done', 'Ledger',
+           'stage_line', 'run_notebook', 'run_in_order', 'Ran', 'write_page', 'room_for', 'build_report']
 
 # %% ../../nbs/lib/37_report.ipynb #78ed3320
 from caf_nb.report.tables import (
@@ -18,9 +18,9 @@ from caf_nb.report.tables import (
     standing, conclusion, output_folder, cache_folder, listed, save_results,
     results_summary,
 )
-from .gallery import Sample, sample_pairs, pair_folders, Gallery, gallery
+from .gallery import Sample, sample_pairs, pair_folders, Gallery, choose_models
 from caf_nb.report.figures import (
-    Window, telling_windows, Boxes, labelled, show_insets, at_hand,
+    Window, telling_windows, Boxes, labelled, show_insets, available_rows,
     show_fused, detect, MFNET_COLOURS, painted, class_legend, rich_scenes,
 )
 from caf_nb.report.page import (
@@ -34,8 +34,8 @@ from caf_nb.report.page import (
 _all_ = [
     "Printed", "MAP", "MAP50", "COLUMNS", "ROWS", "PRINTED", "paper_table", "compare", "show_table", "plot_table",
     "Claimed", "CLAIMED", "standing", "conclusion", "output_folder", "cache_folder", "listed", "save_results",
-    "results_summary", "Sample", "sample_pairs", "pair_folders", "Gallery", "gallery",
-    "Window", "telling_windows", "Boxes", "labelled", "show_insets", "at_hand", "show_fused", "detect",
+    "results_summary", "Sample", "sample_pairs", "pair_folders", "Gallery", "choose_models",
+    "Window", "telling_windows", "Boxes", "labelled", "show_insets", "available_rows", "show_fused", "detect",
     "MFNET_COLOURS", "painted", "class_legend", "rich_scenes", "Part", "PARTS", "LAST", "CHAPTERS",
     "paper_notebooks", "parameter_names", "waits_for", "Inputs", "surroundings", "fingerprint", "Done", "Ledger",
     "stage_line", "run_notebook", "run_in_order", "Ran", "write_page", "room_for", "build_report",

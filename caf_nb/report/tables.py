@@ -24,7 +24,7 @@ from pandas.io.formats.style import Styler
 from ..config import PROFILES, Profile
 from ..core import CafError, replacing
 from ..data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES
-from ..rows import face, in_order
+from ..rows import in_order, row_style
 
 # %% ../../nbs/lib/33_tables.ipynb #72c299b6
 class Printed(NamedTuple):
@@ -110,7 +110,7 @@ def show_table(compared: pd.DataFrame, # of `compare`
     wide = part.pivot(index="method", columns="metric", values=["paper", "ours", "delta"]).swaplevel(axis=1)
     transcribed = set(part.metric[part.paper.notna()])
     wide = wide[[(m, who) for m in part.metric.unique() for who in (("paper", "ours", "delta") if m in transcribed else ("ours",))]]
-    wide = wide.loc[[m for m in in_order(part.method) if wide.loc[m].notna().any()]].rename(index=lambda m: face(m).name)
+    wide = wide.loc[[m for m in in_order(part.method) if wide.loc[m].notna().any()]].rename(index=lambda m: row_style(m).title)
     wide = wide.rename_axis(index=None, columns=[None, None]).rename(columns={"delta": "Δ"}, level=1)
     forms = {(m, who): f"{{:{'+' if who == 'Δ' else ''}.{3 if _point(m) < 1 else 1}f}}" for m, who in wide.columns}
     narrow = "padding: 2px; font-size: 11px" if wide.shape[1] > 20 else "padding: 2px 6px"
@@ -144,7 +144,7 @@ def plot_table(compared: pd.DataFrame,    # of `compare`
         for j, method in enumerate(methods):
             row = part[(part.dataset == dataset) & (part.method == method)]
             if row.empty: continue
-            x, look = i + (j - (len(methods) - 1) / 2) * 0.8 / len(methods), face(method)
+            x, look = i + (j - (len(methods) - 1) / 2) * 0.8 / len(methods), row_style(method)
             ax.bar(x, row.ours.item(), 0.7 / len(methods), color=look.colour, hatch="////" if method.endswith("_p") else None, label=look.name if i == 0 else None)
             ax.plot(x, row.paper.item(), "o", mfc="none", color="black", ms=4)
     ax.set_xticks(range(len(datasets)), datasets)
@@ -173,12 +173,12 @@ def standing(claim: Claimed,
     "Whether our values agree with a claim, in a sentence."
     ours = compared[(compared.dataset == claim.dataset) & (compared.metric == claim.metric)].set_index("method").ours.dropna()
     rivals = ours[ours.index.isin(claim.against or ours.index.drop(claim.row, errors="ignore"))]
-    whom = ", ".join(face(m).name for m in claim.against) or "all others"
-    said = f"{face(claim.row).name} above {whom} in {claim.metric} on {claim.dataset}"
+    whom = ", ".join(row_style(m).title for m in claim.against) or "all others"
+    said = f"{row_style(claim.row).title} above {whom} in {claim.metric} on {claim.dataset}"
     if claim.row not in ours or rivals.empty: return f"{said}: not run."
     best, delta = rivals.idxmax(), ours[claim.row] - rivals.max()
     holds = "holds" if delta > 0 else "a tie" if delta == 0 else "does not hold"
-    return f"{said}: {holds} ({ours[claim.row]:.1f}, {face(best).name} {rivals.max():.1f})."
+    return f"{said}: {holds} ({ours[claim.row]:.1f}, {row_style(best).title} {rivals.max():.1f})."
 
 # %% ../../nbs/lib/33_tables.ipynb #ff08170d
 def conclusion(n: int,                 # number of the table
@@ -194,7 +194,7 @@ def conclusion(n: int,                 # number of the table
     else: said += ["They come from embedded scenes, so none of the paper's numbers was put to the test here."]
     said += [f"{int(compared.paper.isna().sum())} of the paper's {len(compared)} values have not been transcribed."]
     noted = compared[compared.note != ""].groupby("note", sort=False)
-    said += [f"Printed, {note}: " + "; ".join(f"{face(r.method).name}, {r.dataset}, {r.metric} {r.paper:g}" for r in rows.itertuples()) + "." for note, rows in noted]
+    said += [f"Printed, {note}: " + "; ".join(f"{row_style(r.method).title}, {r.dataset}, {r.metric} {r.paper:g}" for r in rows.itertuples()) + "." for note, rows in noted]
     claims = "\n".join(f"- {standing(c, compared)}" for c in CLAIMED if c.table == n)
     return f"{' '.join(said)}\n\nWhat the paper concludes, in these values of one seed ({profile.note.split(':')[0]}):\n\n{claims}"
 
@@ -254,7 +254,7 @@ def _summary_table(folder: Path, columns: Sequence[tuple[int, str, str]]) -> str
         if method not in found.index: return "–"
         ours, paper = found.ours[method], found.paper[method]
         return f"{ours:.{digits}f}" + ("" if np.isnan(paper) else f" (paper {paper:.{digits}f})")
-    rows = [[face(m).name, *(entry(*part, m) for part in parts.values())] for m in in_order(m for found, _ in parts.values() for m in found.index)]
+    rows = [[row_style(m).title, *(entry(*part, m) for part in parts.values())] for m in in_order(m for found, _ in parts.values() for m in found.index)]
     return _markdown(["row", *parts], rows) if rows else ""
 
 def _claims_table(folder: Path, name: str, heading: str, intro: str) -> str:
@@ -263,7 +263,7 @@ def _claims_table(folder: Path, name: str, heading: str, intro: str) -> str:
     compared, about = pd.read_csv(folder/f"{name}.csv"), json.loads((folder/f"{name}.json").read_text())
     def difference(c):
         spread, few = "" if np.isnan(c.low) else f" [{c.low:+.1f}, {c.high:+.1f}]", f" (n = {c.n})" if c.n < len(about["seeds"]) else ""
-        return f"{face(c.row).name} – {face(c.against).name}, {c.metric}: " + ("not run" if np.isnan(c.effect) else f"{c.effect:+.1f}{spread}{few}")
+        return f"{row_style(c.row).title} – {row_style(c.against).title}, {c.metric}: " + ("not run" if np.isnan(c.effect) else f"{c.effect:+.1f}{spread}{few}")
     rows = [[claim["claim"], claim["sentence"], f"**{claim['verdict']}**", "; ".join(difference(c) for c in compared[compared.claim == claim["claim"]].itertuples())] for claim in about["claims"]]
     table = _markdown(["", heading, "verdict", "difference in points, mean and 95 % interval"], rows).replace("---:", "---")
     return f"{intro} Over the seeds {', '.join(map(str, about['seeds']))}:\n\n{table}".lstrip()

@@ -1,6 +1,5 @@
-"""What a large run needs: found where it is, named where it is not, and measured before it starts."""
+"""What a large run needs: found where it is, named where it is not, and its cost."""
 
-import math
 import shutil
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import torch
 from published import TREES, write
 from safetensors.torch import save_file
 
-from caf_nb import preflight
+from caf_nb import needs as needs_module
 from caf_nb.core import CafError
-from caf_nb.config import DataSettings, DetectorSettings, FusionSettings, Profile
-from caf_nb.sources import Data, fusion_blocks
-from caf_nb.needs import Bench, Need, Tried, check, describe, estimate, plan, require, unfinished
+from caf_nb.config import Profile
+from caf_nb.needs import COSTS, Need, cost_table, describe, require
+from caf_nb.rows import Setup, row_needs
 from caf_nb.zoo import build_network
 
 ROWS = ("ir", "vi", "reconet", "umfusion_p", "caf", "caf_a")
@@ -37,6 +36,12 @@ def small() -> Profile:
     "The paper's profile with networks that are quickly written and read."
     paper = Profile.named("paper")
     return paper.model_copy(update={"detector": paper.detector.model_copy(update={"model": "yolov5n"}), "segmenter": paper.segmenter.model_copy(update={"model": "tiny"})})
+
+
+def check(profile: Profile, data_root="", weights_root="", fused_root="", rows=None, cache="out/cache") -> list[Need]:
+    setup = Setup(profile=profile, data_root=str(data_root), weights_root=str(weights_root), fused_root=str(fused_root),
+                  trained=profile.trained, cache=str(cache))
+    return row_needs(setup, list(dict.fromkeys((*profile.methods, *profile.ablation))) if rows is None else rows)
 
 
 def states(needs: list[Need]) -> dict[str, str]: return {need.what: need.state for need in needs}
@@ -105,7 +110,7 @@ def test_room_is_that_of_the_folder_to_be(small, data_root, tmp_path, monkeypatc
     free = shutil.disk_usage(tmp_path)
     def need(rows): return next(n for n in check(small, data_root, "", rows=rows, cache=tmp_path / "not/yet/there") if n.what == "room for pictures")
     assert need(ROWS).state == "there" and str(tmp_path) in need(ROWS).detail
-    sizes = sum(preflight.fused_bytes(preflight.read_part(name, data_root)) for name in ("m3fd", "multispectral", "mfnet"))
+    sizes = sum(needs_module._picture_bytes(name, data_root) for name in ("m3fd", "multispectral", "mfnet"))
     assert sizes > 8 * 3 * 500
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=3 * sizes + 1))
     assert (need(ROWS[:3]).state, need(ROWS[:4]).state) == ("there", "missing")
@@ -116,49 +121,28 @@ def test_a_profile_with_embedded_data_needs_next_to_nothing(tmp_path):
     assert "Nothing is missing." in describe(Profile.named("smoke"), check(Profile.named("smoke")))
 
 
-# ---------------------------------------------------------------- hours
+# ---------------------------------------------------------------- cost
 
-def chain(root: Path, cache: Path, profile: Profile) -> list:
-    from caf_nb.stages import FinetuneDetector, FuseDataset, Method, Search, TrainFusion
-    infra = {"folder": str(cache)}
-    def data(): return Data.of("m3fd", profile.data, root)
-    found = Search(data=data(), settings=profile.search, detector=profile.detector, infra=infra)
-    trained = TrainFusion(data=fusion_blocks(data()) or data(), loss=found, settings=profile.fusion, infra=infra)
-    return [FinetuneDetector(fused=FuseDataset(data=data(), model=model, infra=infra), settings=profile.detector, infra=infra) for model in (Method(method="vi"), trained, trained)]
-
-
-def test_steps_are_those_of_the_profile_and_the_archive(data_root, tmp_path):
-    paper = Profile.named("paper")
-    paper = paper.model_copy(update={"data": paper.data.model_copy(update={"block_size": 32})})
-    plans = [plan(stage) for stage in unfinished(chain(data_root, tmp_path / "stages", paper))]
-    train, all_of_it = 5, 8
-    assert [(p.title, p.works[0].steps) for p in plans] == [
-        ("FuseDataset m3fd", all_of_it), ("FinetuneDetector m3fd", 100 * train), ("Search m3fd caf", 10 * 1), ("TrainFusion blocks caf", 100 * 125),
-        ("FuseDataset m3fd", all_of_it), ("FinetuneDetector m3fd", 100 * train)]
-    assert plans[1].works[0].trial.keywords["size"] == 640 and plans[3].works[0].trial.keywords["size"] == 32
+def test_the_cost_counts_what_is_trained(small, data_root, tmp_path):
+    profile = small.model_copy(update={"data": small.data.model_copy(update={"block_size": 32})})
+    setup = Setup(profile=profile.model_copy(update={"detector": profile.detector.model_copy(update={"pretrained": False})}),
+                  data_root=str(data_root), cache=str(tmp_path / "stages"))
+    costs = cost_table([setup.score("m3fd", row) for row in ("vi", "caf", "caf")])
+    train = 5  # of 8 pairs
+    assert costs.runs.to_dict() == {"FinetuneDetector": 2, "Search": 1, "TrainFusion": 1}
+    assert costs.megapixels["FinetuneDetector"] == pytest.approx(2 * 100 * train * 640 ** 2 / 1e6)
+    assert costs.megapixels["Search"] == pytest.approx(10 * train * 320 ** 2 / 1e6)
+    assert costs.megapixels["TrainFusion"] == pytest.approx(100 * 1000 * 32 ** 2 / 1e6)
+    assert costs.hours["Search"] == pytest.approx(costs.megapixels["Search"] * COSTS["Search"] / 3600)
+    assert "hours on two CPU cores" in describe(small, [Need("x", "there", "y")], costs)
 
 
-def test_what_does_not_fit_is_said(data_root, tmp_path, monkeypatch):
-    def full(bench, **_): raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(preflight, "try_search", full)
-    for name in ("try_training", "try_detector", "try_fusing"): monkeypatch.setattr(preflight, name, lambda bench, **_: Tried(0.5, "nothing"))
-    hours = estimate(chain(data_root, tmp_path / "stages", Profile.named("paper").model_copy(update={"data": DataSettings(source="published", size=32)})), progress=False)
-    assert math.isnan(hours.hours["Search m3fd caf"]) and hours.hours["FinetuneDetector m3fd"] == pytest.approx(2 * 500 * 0.5 / 3600)
-    assert hours.measured["Search m3fd caf"] == "does not fit into the memory of the device"
-    assert "Not counted: Search m3fd caf." in describe(Profile.named("paper"), [Need("x", "there", "y")], hours)
-
-
-@pytest.mark.slow
-def test_hours_are_near_what_a_run_takes(data_root, tmp_path):
-    "The estimate of a fusion training beside the training itself. Only the order of size is tested: other programs may slow down either."
-    from caf_nb.stages import TrainFusion, Weighted
-    data = Data.of("m3fd", DataSettings(source="published", size=64), data_root)
-    stage = TrainFusion(data=data, loss=Weighted(beta=(1 / 15,) * 15, vgg="slim"), settings=FusionSettings(epochs=12, batch_size=2), infra={"folder": str(tmp_path / "stages")})
-    hours = estimate([stage], bench=Bench(torch.device("cpu"), None, 8), progress=False).loc["TrainFusion m3fd caf"]
-    assert hours.steps == 12 * 3 and math.isnan(hours.memory) and hours.measured == "2 of 64x64"
-    trained = stage.run()
-    took = float(trained.provenance["fusion seconds"])
-    assert len(trained.losses) == hours.steps
-    assert (took - 1) / 5 < 3600 * hours.hours < 5 * (took + 1)
-    assert estimate([stage], progress=False).empty  # it is finished
-    assert "Every stage is finished." in describe(Profile.named("paper"), [Need("x", "there", "y")], estimate([stage], progress=False))
+def test_the_cost_is_that_of_the_committed_cells():
+    "A cost times the counted megapixels gives the seconds that profile mini took, within a factor of two."
+    import json
+    mini = Profile.named("mini")
+    cell = json.loads((Path(__file__).resolve().parents[1] / "results/mini/cells/m3fd-caf-1.json").read_text())["provenance"]
+    costs = cost_table([Setup(profile=mini, cache="/nowhere").score("m3fd", "caf")])
+    hours = costs.hours / costs.runs
+    for kind, name in (("Search", "search seconds"), ("TrainFusion", "fusion seconds")):
+        assert 0.5 < 3600 * hours[kind] / float(cell[name]) < 2
