@@ -30,7 +30,7 @@ from .fusion import find_weights, fuse, load_fusion
 from .losses import LossSpace, TERMS, Variant
 from .metrics import measure
 from .search import search
-from .sources import BlockData, Data, SPLITS, held
+from .sources import BlockData, Data, SPLITS, in_memory
 from .tasks import Detector, Segmenter
 from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, caf_recipe, finetune_detector, finetune_segmenter,
@@ -79,7 +79,7 @@ Picture = Callable[[str, str, Scene], Tensor]  # (data set, split or "", scene) 
 def _write_split(folder: Path, data: Data, split: str, picture: Picture) -> None:
     "One split as pictures and labels, in the layout that the task's trainer reads."
     def rows(): # one scene in memory at a time
-        for scene in held(data.whole(split), room=0): yield picture(data.name, split, scene), scene.mask if data.name == "mfnet" else scene.boxes
+        for scene in in_memory(data.whole(split), room=0): yield picture(data.name, split, scene), scene.mask if data.name == "mfnet" else scene.boxes
     images, labels = (map(itemgetter(i), copy) for i, copy in enumerate(tee(rows())))
     if data.name == "mfnet": write_mask_folder(folder, split, images, labels, data.stems(split))
     else: write_yolo_folder(folder, split, images, labels, data.stems(split), data.classes)
@@ -153,7 +153,7 @@ class Search(BaseModel):
         start, vgg, where = time.perf_counter(), load_vgg(self.vgg), device()
         task = _judge(self.data, self.detector, self.segmenter, self.start, self.seed)
         found = search(_untrained(self.network, self.seed).to(where), task.to(where), LossSpace(self.variant, vgg).to(where),
-                       held(self.data.split("train")), held(self.data.split("val")), self.settings, self.seed,
+                       in_memory(self.data.split("train")), in_memory(self.data.split("val")), self.settings, self.seed,
                        folder=_folder(self.infra, "search") if self.infra.folder else None, save_every=10)
         about = {"loss": f"searched, variant {self.variant}, {len(found.history)} steps of {self.network}", "VGG of terms n, o": vgg.pretrained,
                  "task network of the search": f"{task.model} from {task.provenance}", "search seconds": f"{time.perf_counter() - start:.0f}"}
@@ -247,7 +247,7 @@ class TrainFusion(BaseModel):
     def run(self) -> Trained:
         (recipe, about), net = self.recipe(), _untrained(self.network, self.seed).to(device())
         known = {"accumulate": self.settings.accumulate, "patience": self.settings.patience} if self.settings else {}
-        history = train_fusion(net, held(self.data.split("train")), recipe, self.seed, folder=_folder(self.infra, "training") if self.infra.folder else None, **known)
+        history = train_fusion(net, in_memory(self.data.split("train")), recipe, self.seed, folder=_folder(self.infra, "training") if self.infra.folder else None, **known)
         made = f"{self.network} from random (seed {self.seed}), {len(history.losses)} steps on {self.data.title}"
         return Trained(_on_cpu(net), history.losses, about | {"fusion network": made, "fusion seconds": f"{history.seconds:.0f}"})
 
@@ -294,7 +294,7 @@ class TrainJoint(BaseModel):
         found, space, where = self.loss.run(), LossSpace(self.loss.variant, load_vgg(self.loss.vgg)), device()
         net, task = _untrained(self.network, self.seed).to(where), _judge(self.data, self.detector, self.segmenter, self.start, self.seed).to(where)
         beta = torch.tensor([found.beta[name] for name in TERMS])
-        history = train_joint(net, task, space.to(where), beta, held(self.data.split("train")), self.settings, self.weight, self.lr_task, self.seed)
+        history = train_joint(net, task, space.to(where), beta, in_memory(self.data.split("train")), self.settings, self.weight, self.lr_task, self.seed)
         made = f"{self.network} from random (seed {self.seed}) jointly with {task.model} from {task.provenance}, task loss times {self.weight:g}, {len(history.losses)} steps"
         return Trained(_on_cpu(net), history.losses, found.provenance | {"fusion network": made, "fusion seconds": f"{history.seconds:.0f}"})
 

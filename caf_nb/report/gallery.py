@@ -20,7 +20,7 @@ from ..config import Profile
 from ..core import CafError
 from ..data import PairFolder, Scene, read_pair, write_png
 from ..fusion import find_weights
-from ..sources import Data, FOLDERS, plain_name, read_part
+from ..sources import DATA_SETS, Data, plain_name, read_part
 from ..stages import Method, Published, Results, TrainFusion, brought, few_names, weights_file
 from ..synth import SynthScenes
 from ..zoo import find_method
@@ -31,14 +31,14 @@ def _bare(stem: str, ir: Path, vi: Path) -> Scene: return Scene(stem, *read_pair
 def _pairs(root: Path, name: str) -> dict[str, Callable[[], Scene]]:
     "The pairs of a data set by stem, read when they are called. Raises `CafError` if it is in neither form."
     if (root/name/"vi").is_dir(): return {pair.stem: partial(_bare, *pair) for pair in PairFolder(root/name/"ir", root/name/"vi")}
-    if name not in FOLDERS: raise CafError("there is no such folder", root/name, "Name a folder of data_root, with ir/ and vi/ in it")
+    if name not in DATA_SETS: raise CafError("there is no such folder", root/name, "Name a folder of data_root, with ir/ and vi/ in it")
     published = read_part(name, root)
     return {item.stem: partial(published.__getitem__, i) for i, item in enumerate(published.items)}
 
 def _sets(root: Path) -> list[str]:
     "The names of the data sets in a folder, in either form."
     archives = {plain_name(p) for p in root.iterdir() if p.is_dir() and not (p/"vi").is_dir()} if root.is_dir() else set()
-    return sorted([p.parent.name for p in root.glob("*/vi") if (p.parent/"ir").is_dir()] + [name for name, spellings in FOLDERS.items() if archives & set(spellings)])
+    return sorted([p.parent.name for p in root.glob("*/vi") if (p.parent/"ir").is_dir()] + [name for name, known in DATA_SETS.items() if archives & {name, known.folder}])
 
 class Sample(NamedTuple):
     "A pair for a figure."
