@@ -30,7 +30,7 @@ from .fusion import find_weights, fuse, load_fusion
 from .losses import LossSpace, TERMS, Variant
 from .metrics import measure
 from .search import search
-from .sources import BlockData, Data, SPLITS, held
+from .sources import BlockData, Data, SPLITS, in_memory
 from .tasks import Detector, Segmenter
 from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, caf_recipe, finetune_detector, finetune_segmenter, train_fusion,
@@ -89,7 +89,7 @@ Picture = Callable[[str, str, Scene], Tensor]
 def _write_split(folder: Path, data: Data, split: Literal["train", "val", "test"], picture: Picture) -> None:
     "One split as pictures and labels, one scene in memory at a time."
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        for scene in held(data.whole(split), room=0):
+        for scene in in_memory(data.whole(split), room=0):
             yield picture(data.name, split, scene), scene.mask if data.name == "mfnet" else scene.boxes
     images, labels = (map(itemgetter(i), copy) for i, copy in enumerate(tee(rows())))
     if data.name == "mfnet": write_mask_folder(folder, split, images, labels, data.stems(split))
@@ -166,7 +166,7 @@ def _search(stage: "Search") -> Searched:
     start, vgg, where = time.perf_counter(), load_vgg(stage.vgg), device()
     task = _task_network(stage.data, _only_one(stage.detector, stage.segmenter), stage.start, stage.seed)
     net, space = _random_network(stage.network, stage.seed).to(where), LossSpace(stage.variant, vgg).to(where)
-    train, val = held(stage.data.split("train")), held(stage.data.split("val"))
+    train, val = in_memory(stage.data.split("train")), in_memory(stage.data.split("val"))
     found = search(net, task.to(where), space, train, val, stage.settings, stage.seed,
                    folder=_optional_folder(stage.infra, "search"), save_every=10)
     about = {"loss": f"searched, variant {stage.variant}, {len(found.history)} steps of {stage.network}",
@@ -295,7 +295,7 @@ class TrainFusion(_FusionTraining):
     def run(self) -> Trained:
         (recipe, about), net = _recipe(self), _random_network(self.network, self.seed).to(device())
         given: Any = self.settings.model_dump(include={"accumulate", "patience"}) if self.settings else {}
-        folder, scenes = _optional_folder(self.infra, "training"), held(self.data.split("train"))
+        folder, scenes = _optional_folder(self.infra, "training"), in_memory(self.data.split("train"))
         history = train_fusion(net, scenes, recipe, self.seed, folder=folder, **given)
         made = f"{self.network} from random (seed {self.seed}), {len(history.losses)} steps on {self.data.title}"
         return _trained(net, history, about, made)
@@ -332,7 +332,7 @@ class TrainJoint(_FusionTraining):
         found, space, where = self.loss.run(), LossSpace(self.loss.variant, load_vgg(self.loss.vgg)), device()
         net, settings = _random_network(self.network, self.seed).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
-        history = train_joint(net, task, space.to(where), _beta(found), held(self.data.split("train")), self.settings,
+        history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,
                               self.weight, self.lr_task, self.seed)
         made = (f"{self.network} from random (seed {self.seed}) jointly with {task.model} from {task.provenance}, "
                 f"task loss times {self.weight:g}, {len(history.losses)} steps")

@@ -13,7 +13,7 @@ from caf_nb.core import CafError
 from caf_nb.config import DataSettings, Profile
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, collate
 from caf_nb.data import load_dataset, read_split
-from caf_nb.sources import CLASSES, SPLITS, BlockData, Data, Held, find_root, fusion_blocks, held, squared
+from caf_nb.sources import CLASSES, SPLITS, BlockData, Data, InMemory, find_root, fusion_blocks, in_memory, squared
 from published import N, SIZE, TREES, save, voc, write
 
 SETTINGS = DataSettings(source="published", size=32)
@@ -148,7 +148,7 @@ def test_a_moved_archive_is_the_same_and_a_changed_one_is_not(data_root, tmp_pat
     with pytest.raises(CafError, match=f"has no folder of {name}"): data(name, root)
 
 
-def test_embedded_data_are_what_they_were():
+def test_synthetic_data_are_what_they_were():
     embedded = DataSettings(source="embedded", size=64, train=2, val=1, test=1)
     assert Data(name="m3fd", settings=embedded).model_dump(exclude_defaults=True) == {"name": "m3fd", "settings": {"source": "embedded", "size": 64, "train": 2, "val": 1, "test": 1}}
 
@@ -180,20 +180,20 @@ def test_blocks_of_three_sets(data_root):
     assert mixed.title == "9 blocks of 24x24 from m3fd, tno, roadscene" and hash(mixed) == hash(mixed.model_copy())
 
 
-def test_held_scenes_are_the_same_whatever_fits(data_root):
+def test_scenes_in_memory_are_the_same_whatever_fits(data_root):
     scenes = data("mfnet", data_root).split("train")
     for room in (0, 6000, 2 ** 20):
-        kept = held(scenes, room)
+        kept = in_memory(scenes, room)
         for _ in range(2):
             for a, b in zip(kept, scenes, strict=True): assert a.stem == b.stem and all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a[1:], b[1:]))
-    assert isinstance(kept, Held) and len(kept[1:3]) == 2
+    assert isinstance(kept, InMemory) and len(kept[1:3]) == 2
 
 
 def test_a_training_decodes_each_published_scene_once(data_root, monkeypatch):
     scenes, seen = data("mfnet", data_root).split("train"), []
     read = type(scenes.published).images
     monkeypatch.setattr(type(scenes.published), "images", lambda self, item: (seen.append(item.stem), read(self, item))[1])
-    kept = held(scenes)
+    kept = in_memory(scenes)
     for _ in range(3): collate([kept[i] for i in range(len(kept))])
     assert sorted(seen) == sorted(PARTS["mfnet"]["train"])
 
@@ -207,7 +207,7 @@ def test_real_pairs_through_the_same_readers(shared):
         assert len(pairs) and small.ir.shape == (1, 96, 96) and 0.02 < small.ir.std() and 0.02 < small.vi.std()
     with pytest.raises(CafError, match="has no boxes"): data("m3fd", root)  # pairs for fusion, without labels
     mixed = BlockData(sets=("tno", "roadscene", "msrs"), blocks=6, block_size=96, root=str(root))
-    batch = collate(held(mixed.split("train"))[:])
+    batch = collate(in_memory(mixed.split("train"))[:])
     assert batch.ir.shape == (6, 1, 96, 96) and batch.vi.std(dim=(1, 2, 3)).min() > 0.001  # one of them is of a dark night
 
 

@@ -20,7 +20,7 @@ from ..core import CafError
 from ..data import PairFolder, Scene, read_pair, write_png
 from ..fusion import find_weights
 from ..rows import Model, Setup, own_weights
-from ..sources import FOLDERS, plain_name, read_part
+from ..sources import DATA_SETS, plain_name, read_part
 from ..stages import Results, few_names, has_pictures
 from ..synth import SynthScenes
 from ..zoo import find_method
@@ -33,7 +33,7 @@ def _pairs(root: Path, name: str) -> dict[str, Callable[[], Scene]]:
     "The pairs of a data set by stem, read when they are called. Raises `CafError` if it is in neither form."
     if (root/name/"vi").is_dir():
         return {pair.stem: partial(_unlabelled, *pair) for pair in PairFolder(root/name/"ir", root/name/"vi")}
-    if name not in FOLDERS:
+    if name not in DATA_SETS:
         raise CafError("there is no such folder", root/name, "Name a folder of data_root, with ir/ and vi/ in it")
     published = read_part(name, root)
     return {item.stem: partial(published.__getitem__, i) for i, item in enumerate(published.items)}
@@ -42,7 +42,7 @@ def _sets(root: Path) -> list[str]:
     "The names of the data sets in a folder, in either form."
     plain = [p.parent.name for p in root.glob("*/vi") if (p.parent/"ir").is_dir()]
     folders = {plain_name(p) for p in root.iterdir() if p.is_dir() and p.name not in plain} if root.is_dir() else set()
-    return sorted(plain + [name for name, spellings in FOLDERS.items() if folders & set(spellings)])
+    return sorted(plain + [name for name, known in DATA_SETS.items() if folders & {name, known.folder}])
 
 # %% ../../nbs/lib/34_gallery.ipynb #9e0d9c2c
 class Sample(NamedTuple):

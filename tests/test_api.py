@@ -1,0 +1,38 @@
+"""The public names: these imports work in every version, wherever the code moves inside the package."""
+
+import importlib
+
+import pytest
+
+API = {
+    "core": "seed_everything device CafError",
+    "config": "Profile DataSettings SearchSettings FusionSettings DetectorSettings SegmenterSettings PretrainSettings",
+    "data": "read_pair PairFolder Scene rgb_to_ycbcr ycbcr_to_rgb M3FD MFNet Multispectral TNO RoadScene MSRS",
+    "synth": "SynthScenes",
+    "losses": "TERMS LossSpace saliency_weights",
+    "fusion": "FusionNet load_fusion fuse fuse_folder",
+    "zoo": "METHODS",
+    "tasks": "Task Detector Segmenter DeepLab",
+    "search": "hypergradient search SearchResult",
+    "train": "train_fusion finetune_detector finetune_segmenter",
+    "metrics": "mutual_information standard_deviation visual_information_fidelity sum_of_correlations_of_differences evaluate_fusion",
+    "stages": "Search TrainFusion FuseDataset FinetuneDetector FinetuneSegmenter",
+    "report": "paper_table compare",
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in API.items() for name in names.split()])
+def test_public_name(module, name):
+    assert getattr(importlib.import_module(f"caf_nb.{module}"), name) is not None
+
+
+def test_profiles_are_configuration():
+    "`Profile` belongs to config alone."
+    assert not hasattr(importlib.import_module("caf_nb.core"), "Profile")
+
+
+@pytest.mark.parametrize("module", API)
+def test_every_listed_name_exists(module):
+    "`__all__` lists nothing that is not there."
+    found = importlib.import_module(f"caf_nb.{module}")
+    assert set(found.__all__) <= set(vars(found))
