@@ -25,7 +25,7 @@ from caf_nb.sources import (
 )
 from .stages import Published
 from .tasks import DeepLab, Detector, Segmenter
-from .vgg import load_vgg
+from .losses.vgg import load_vgg
 from .zoo import find_method
 
 # %% ../nbs/lib/30_needs.ipynb #6bc65174

@@ -23,7 +23,7 @@ from .checkpoints import load_tensors, read_tensors
 from .data import recolor
 from .hypergradient import Fuse, hypergradient
 from .losses import LossSpace, PAPER, RELEASED, TERMS, Variant
-from .vgg import Vgg
+from .losses.vgg import Vgg
 
 # %% ../nbs/lib/20_oracle.ipynb #54c81467
 def textbook_hypergradient(net: nn.Module,                    # F(ir, vi) -> fused; left with traces, see above

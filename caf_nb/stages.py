@@ -36,7 +36,7 @@ from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, caf_recipe, finetune_detector, finetune_segmenter, train_fusion,
     train_joint, write_mask_folder, write_yolo_folder,
 )
-from .vgg import load_vgg
+from .losses.vgg import load_vgg
 from .zoo import Recipe, build_network, find_method
 
 # %% ../nbs/lib/29_stages.ipynb #4bb778f5

@@ -16,7 +16,7 @@ from torchvision.models import vgg16
 
 from caf_nb.checkpoints import load_plain, read_tensors
 from caf_nb.core import CafError
-from caf_nb.vgg import load_vgg
+from caf_nb.losses.vgg import load_vgg
 from caf_nb.loop import read_state, write_state
 from caf_nb.search import _resume
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics

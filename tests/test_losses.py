@@ -6,7 +6,7 @@ import torch
 
 from caf_nb.core import CafError
 from caf_nb.losses import TERM_TABLE, TERMS, LossSpace, Term, saliency_weights
-from caf_nb.vgg import load_vgg
+from caf_nb.losses.vgg import load_vgg
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_weights_are_there_if_they_load(small, tmp_path):
 
 def untrained_vgg() -> dict[str, torch.Tensor]:
     "All convolutions of a VGG-16 that nobody trained."
-    from caf_nb.vgg import _random_layers
+    from caf_nb.losses.vgg import _random_layers
     return _random_layers(0).state_dict()
 
 

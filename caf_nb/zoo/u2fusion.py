@@ -16,7 +16,7 @@ from kornia.metrics import ssim
 from torch import Tensor, nn
 
 from ..core import CafError
-from ..vgg import Vgg, load_vgg
+from ..losses.vgg import Vgg, load_vgg
 from . import Method, Objective, Recipe
 from .sdnet import stretched
 from .tensorflow import read_tensorflow, to_tensorflow, to_torch
