@@ -69,7 +69,8 @@ def footnoted(style: Styler,             # rows: methods; columns: (data set, me
              name: Callable[[str], str] = str, # how a row is called
 ) -> Styler:
     "Superscripts at the noted cells; below the table the caption and the notes on what it shows."
-    columns, texts, general = {c[:2] for c in style.columns}, {}, []
+    columns, general = {c[:2] for c in style.columns}, []
+    texts: dict[str, str] = {}
     for note in found:
         column = note.dataset, note.metric
         if (note.row and note.row not in style.index) or (note.metric and column not in columns): continue
@@ -97,8 +98,8 @@ class Statement(NamedTuple):
 def statements() -> tuple[Statement, ...]:
     "The conclusions of the text, in its order."
     def split(text, mark): return tuple(tuple(part.split(mark, 1)) for part in text.split("; ") if part)
-    return tuple(Statement(*row[:3], int(row.table), split(row.pairs, ">"), split(row.columns, "."), float(row.margin),
-                           row.several == "yes") for row in _csv("statements").itertuples(index=False))
+    return tuple(Statement(row.name, row.where, row.says, int(row.table), split(row.pairs, ">"), split(row.columns, "."),
+                           float(row.margin), row.several == "yes") for row in _csv("statements").itertuples())
 
 # %% ../nbs/lib/27_paper.ipynb #27a00031
 def evidence(statement: Statement,

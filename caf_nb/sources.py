@@ -24,7 +24,7 @@ from torchvision.models import VGG16_Weights
 from .config import DataSettings
 from .core import CafError
 from caf_nb.data import (
-    Blocks, Item, LazySequence, Published, SPLIT_VERSION, Scene, blocks, load_dataset, make_split, to_uint8, where,
+    Blocks, LazySequence, Published, SPLIT_VERSION, Scene, blocks, load_dataset, make_split, to_uint8, where,
     write_split,
 )
 from .synth import SynthScenes, TASK_CLASSES
