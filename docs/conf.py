@@ -55,15 +55,15 @@ default_role = "py:obj"
 
 
 def api(app, config):
-    "A page for each module, in the order of the notebooks."
-    folder = ROOT / "docs/api"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    "A page for each module, in the order of the notebooks. A package leaves out what is named as one of its modules."
+    (ROOT / "docs/api").mkdir(exist_ok=True)
     for notebook in [*ROOT.glob("nbs/lib/*.ipynb"), *ROOT.glob("nbs/zoo/*.ipynb")]:
         found = re.search(r"#\| default_exp ([\w.]+)", notebook.read_text(encoding="utf-8"))
         if not found: continue
         module = found[1].removesuffix(".__init__")
-        (folder / f"{notebook.stem}.rst").write_text(f"{module}\n{'=' * len(module)}\n\n.. automodule:: caf_nb.{module}\n")
+        own = ", ".join(p.stem for p in (ROOT / "caf_nb" / module.replace(".", "/")).glob("*.py"))
+        page = f"{module}\n{'=' * len(module)}\n\n.. automodule:: caf_nb.{module}\n" + (f"   :exclude-members: model_config, {own}\n" if own else "")
+        (ROOT / "docs/api" / f"{notebook.stem}.rst").write_text(page)
 
 
 def report(app, config):
@@ -80,7 +80,8 @@ def report(app, config):
         about = shown[name]["metadata"].get("papermill", {})
         return f"{text}: {about.get('duration') or 0:.0f} s" + (f", unchanged since {(about.get('end_time') or '')[:16].replace('T', ' ')}" if reused else "")
 
-    listed = "\n".join(["## All notebooks\n", *map(line, DONE), "\n```{toctree}\n:hidden:\n", *(n for n in names if n != "overview"), "```"])
+    profile = next((n["metadata"]["papermill"]["parameters"].get("profile") for n in shown.values() if "papermill" in n["metadata"]), "")
+    listed = "\n".join([f"## All notebooks\n\nExecuted in profile {profile}.\n", *map(line, DONE), "\n```{toctree}\n:hidden:\n", *(n for n in names if n != "overview"), "```"])
     first = shown.get("overview", {"cells": [{"cell_type": "markdown", "metadata": {}, "source": "# caf_nb"}], "metadata": {}, "nbformat": 4, "nbformat_minor": 4})
     first["cells"].append({"cell_type": "markdown", "id": "list", "metadata": {}, "source": listed})
     (folder / "index.ipynb").write_text(json.dumps(first), encoding="utf-8")
@@ -116,6 +117,7 @@ def docments(app, what, name, obj, options, lines):
     fields = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(obj), re.M) if what in ("class", "exception") else []
     described = dict(fields) or {k: v for k, v in docments(obj).items() if v} if what in ("class", "exception", "function", "method") else {}
     about = [f":returns: {text}" if name == "return" else f":param {name}: {text}" for name, text in described.items()]
+    about = [re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line.replace("*", r"\*")) for line in about]
     if about: lines += ["", *about]
 
 

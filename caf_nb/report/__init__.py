@@ -5,38 +5,29 @@
 # %% auto #0
 __all__ = ['Printed', 'MAP', 'MAP50', 'COLUMNS', 'ROWS', 'PRINTED', 'paper_table', 'compare', 'show_table', 'plot_table',
            'Claimed', 'CLAIMED', 'standing', 'conclusion', 'output_folder', 'cache_folder', 'listed', 'save_results',
-           'results_summary', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery', 'gallery', 'Window',
-           'telling_windows', 'Boxes', 'labelled', 'show_insets', 'at_hand', 'show_fused', 'detect', 'MFNET_COLOURS',
-           'painted', 'class_legend', 'rich_scenes', 'Part', 'PARTS', 'LAST', 'CHAPTERS', 'paper_notebooks',
-           'parameter_names', 'waits_for', 'Inputs', 'surroundings', 'fingerprint', 'Done', 'Ledger', 'stage_line',
-           'run_notebook', 'run_in_order', 'Ran', 'write_page', 'room_for', 'build_report']
+           'results_summary', 'at_a_glance', 'lead_numbers', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery',
+           'gallery', 'Window', 'telling_windows', 'Boxes', 'labelled', 'show_insets', 'at_hand', 'show_fused',
+           'detect', 'MFNET_COLOURS', 'painted', 'class_legend', 'rich_scenes', 'build_report']
 
 # %% ../../nbs/lib/37_report.ipynb #78ed3320
 from caf_nb.report.tables import (
     Printed, MAP, MAP50, COLUMNS, ROWS, PRINTED,
     paper_table, compare, show_table, plot_table, Claimed, CLAIMED,
     standing, conclusion, output_folder, cache_folder, listed, save_results,
-    results_summary,
+    results_summary, at_a_glance, lead_numbers,
 )
 from .gallery import Sample, sample_pairs, pair_folders, Gallery, gallery
 from caf_nb.report.figures import (
     Window, telling_windows, Boxes, labelled, show_insets, at_hand,
     show_fused, detect, MFNET_COLOURS, painted, class_legend, rich_scenes,
 )
-from caf_nb.report.page import (
-    Part, PARTS, LAST, CHAPTERS, paper_notebooks, parameter_names,
-    waits_for, Inputs, surroundings, fingerprint, Done, Ledger,
-    stage_line, run_notebook, run_in_order, Ran, write_page, room_for,
-    build_report,
-)
+from .page import build_report
 
 # %% ../../nbs/lib/37_report.ipynb #5eaedf52
 _all_ = [
     "Printed", "MAP", "MAP50", "COLUMNS", "ROWS", "PRINTED", "paper_table", "compare", "show_table", "plot_table",
     "Claimed", "CLAIMED", "standing", "conclusion", "output_folder", "cache_folder", "listed", "save_results",
-    "results_summary", "Sample", "sample_pairs", "pair_folders", "Gallery", "gallery",
+    "results_summary", "at_a_glance", "lead_numbers", "Sample", "sample_pairs", "pair_folders", "Gallery", "gallery",
     "Window", "telling_windows", "Boxes", "labelled", "show_insets", "at_hand", "show_fused", "detect",
-    "MFNET_COLOURS", "painted", "class_legend", "rich_scenes", "Part", "PARTS", "LAST", "CHAPTERS",
-    "paper_notebooks", "parameter_names", "waits_for", "Inputs", "surroundings", "fingerprint", "Done", "Ledger",
-    "stage_line", "run_notebook", "run_in_order", "Ran", "write_page", "room_for", "build_report",
+    "MFNET_COLOURS", "painted", "class_legend", "rich_scenes", "build_report",
 ]

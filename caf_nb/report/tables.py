@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAP', 'MAP50', 'COLUMNS', 'ROWS', 'PRINTED', 'CLAIMED', 'Printed', 'paper_table', 'compare', 'show_table',
            'plot_table', 'Claimed', 'standing', 'conclusion', 'output_folder', 'cache_folder', 'listed', 'save_results',
-           'results_summary']
+           'results_summary', 'at_a_glance', 'lead_numbers']
 
 # %% ../../nbs/lib/33_tables.ipynb #4c09c1d1
 import json
@@ -24,7 +24,9 @@ from pandas.io.formats.style import Styler
 from ..config import PROFILES, Profile
 from ..core import CafError, replacing
 from ..data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES
-from ..rows import face, in_order
+from ..paper import mark_best, number_format, paper_table as printed_table
+from ..rows import Cell, face, in_order
+from ..study import effect
 
 # %% ../../nbs/lib/33_tables.ipynb #72c299b6
 class Printed(NamedTuple):
@@ -295,3 +297,39 @@ def results_summary(folder: str | Path, # of a profile's results
     if (folder/"figure5.png").is_file(): parts.append(f"![The weights that two searches found]({profile.home}/{profile.name}/figure5.png)")
     parts.append(_differences_line(folder))
     return "\n\n".join([about, *(filter(None, parts))]) if any(parts) else f"{about} None is finished yet."
+
+# %% ../../nbs/lib/33_tables.ipynb #glance02
+def _of_seeds(cells: Path, dataset: str, row: str, metric: str) -> tuple[float, str]:
+    "The mean over the finished seeds of a row, and how it is shown."
+    found = [Cell.model_validate_json(file.read_text()) for file in sorted(cells.glob(f"{dataset}-{row}-*.json"))]
+    mean = effect([cell.scores[metric] for cell in found if not np.isnan(cell.scores.get(metric, np.nan))])
+    form = number_format(metric).format
+    if not mean.n: return np.nan, "–"
+    return mean.mean, form(mean.mean) + ("" if np.isnan(mean.low) else f" [{form(mean.low)}, {form(mean.high)}]")
+
+# %% ../../nbs/lib/33_tables.ipynb #glance04
+def at_a_glance(columns: Sequence[tuple[int, str, str]], # (number of the table, data set, metric)
+                cells: Path,                             # finished cells of this run
+                committed: Path,                         # those of profile mini
+) -> Styler:
+    "Of each column the printed values, those of mini with their 95 % intervals, and those of this run."
+    found: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}
+    for n, dataset, metric in columns:
+        name, printed = metric if dataset == "fused" else f"{metric}, {dataset}", printed_table(n)
+        values = printed.get((dataset, metric), pd.Series(np.nan, printed.index))
+        found[name, "paper"] = {row: (v, "–" if np.isnan(v) else number_format(metric).format(v)) for row, v in values.items()}
+        for who, folder in (("mini", committed), ("this run", cells)):
+            found[name, who] = {row: _of_seeds(folder, dataset, row, metric) for row in printed.index}
+    numbers, texts = (pd.DataFrame({c: {face(row).name: v[i] for row, v in rows.items()} for c, rows in found.items()}) for i in (0, 1))
+    style = texts.style.apply(lambda column: mark_best(numbers[column.name]))
+    return style.set_table_styles([{"selector": "td, th", "props": "text-align: right"}])
+
+# %% ../../nbs/lib/33_tables.ipynb #glance06
+def lead_numbers(columns: Sequence[tuple[int, str, str]], # as for `at_a_glance`
+                 cells: Path,
+) -> str:                                                 # HTML
+    "CAF's value of each column in large, above those of its sources."
+    def number(row, column): return _of_seeds(cells, column[1], row, column[2])[1]
+    boxes = [f'<div style="flex: 1 1 11em"><span style="font-size: 2.4em">{number("caf", c)}</span><br>{c[2]} on {c[1]}<br>'
+             f'<small>infrared {number("ir", c)}, visible {number("vi", c)}</small></div>' for c in columns]
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 1em">{"".join(boxes)}</div>'
