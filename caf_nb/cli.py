@@ -153,8 +153,9 @@ def caf_report(
     """
     with _plainly("caf-report"):
         from caf_nb.report import build_report
-        roots = {"data_root": _existing(data_root), "weights_root": _existing(weights_root), "fused_root": _existing(fused_root)}
-        _look_first(profile, out, (*roots.values(),), yes)
+        inputs = _existing(data_root), _existing(weights_root), _existing(fused_root)
+        _look_first(profile, out, inputs, yes)
+        roots = dict(zip(("data_root", "weights_root", "fused_root"), inputs))
         page, ran = build_report(profile, out, notebooks, roots, fresh, jobs)
         failed, reused = sum(bool(r.error) for r in ran.values()), sum(r.reused for r in ran.values())
         typer.echo(f"{len(ran) - failed} of {len(ran)} notebooks ran through, {reused} of them before. Tables and executed notebooks: {page.parent}")
