@@ -11,7 +11,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo report test types sync notebooks install clean
+.PHONY: demo report docs test types sync notebooks install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -20,10 +20,15 @@ demo: install
 report: install
 	caf-report --profile $(PROFILE) $(if $(OUT),--out "$(OUT)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(WEIGHTS_ROOT),--weights-root "$(WEIGHTS_ROOT)") $(if $(YES),--yes) $(if $(FRESH),--fresh)
 
+# The site, from the notebooks as they are committed: no notebook is run, and nothing is fetched.
+docs: install
+	sphinx-build -q -W --keep-going -c docs . out/docs/html
+	@echo "Open in a browser: file://$(CURDIR)/out/docs/html/docs/index.html"
+
 # One thread per process and one process per core: small tensors gain nothing from more threads.
 test: export OMP_NUM_THREADS := 1
 test: install sync types
-	nbdev_test --n_workers 2 --do_print --skip_file_re '^(table|figure|discrepancies|benchmark|claims)'
+	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims)'
 	pytest -n 2 --dist loadfile
 
 types: install
@@ -52,4 +57,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out/smoke out/cache
+	rm -rf .venv out/smoke out/cache out/docs docs/api

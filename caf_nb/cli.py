@@ -129,6 +129,12 @@ def _look_first(name: str, out: str, inputs: tuple[str, str, str], yes: bool) ->
     typer.echo(describe(profile, needs, cost_table(stages)))
     if not yes: typer.confirm("Start?", abort=True)
 
+def _existing(folder: str) -> str:
+    "The absolute path of a folder, since notebooks run elsewhere. Raises `CafError` if there is none."
+    from caf_nb.core import CafError
+    if folder and not Path(folder).is_dir(): raise CafError("there is no such folder", folder, "Give a folder, or leave it out")
+    return str(Path(folder).resolve()) if folder else ""
+
 @report_app.command()
 def caf_report(
     profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends) or paper.")] = "smoke",
@@ -142,17 +148,18 @@ def caf_report(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a run on published data.")] = False,
     version: _Version = False,
 ) -> None:
-    """Run every paper notebook in a profile and render one page.
+    """Execute every paper notebook in a profile and make a page of them.
 
-    Exit code 0: all ran through. 1: some did not; their sections of the page say why. 2: the command line is wrong.
+    Exit code 0: all ran through. 1: some did not; the page says why. 2: the command line is wrong.
     """
     with _plainly("caf-report"):
-        from caf_nb.report import Inputs, build_report
-        inputs = Inputs(data_root, weights_root, fused_root).resolved()
+        from caf_nb.report import build_report
+        inputs = _existing(data_root), _existing(weights_root), _existing(fused_root)
         _look_first(profile, out, inputs, yes)
-        page, ran = build_report(profile, out, notebooks, inputs, fresh, jobs or None)
-        failed, reused = [r.name for r in ran if r.error], [r.name for r in ran if r.reused]
-        typer.echo(f"{len(ran) - len(failed)} of {len(ran)} notebooks ran through, {len(reused)} of them before. Tables and executed notebooks: {page.parent}")
+        roots = dict(zip(("data_root", "weights_root", "fused_root"), inputs))
+        page, ran = build_report(profile, out, notebooks, roots, fresh, jobs)
+        failed, reused = sum(bool(r.error) for r in ran.values()), sum(r.reused for r in ran.values())
+        typer.echo(f"{len(ran) - failed} of {len(ran)} notebooks ran through, {reused} of them before. Tables and executed notebooks: {page.parent}")
         typer.echo(f"Open in a browser: {page.as_uri()}")
         if failed: raise typer.Exit(1)
 

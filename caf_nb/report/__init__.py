@@ -6,13 +6,12 @@
 __all__ = ['paper_table', 'compare', 'show_table', 'plot_table', 'conclusion', 'output_folder', 'cache_folder', 'listed',
            'save_results', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery', 'choose_models', 'Window',
            'telling_windows', 'Boxes', 'labelled', 'show_insets', 'available_rows', 'show_fused', 'detect',
-           'MFNET_COLOURS', 'painted', 'class_legend', 'rich_scenes', 'Part', 'PARTS', 'LAST', 'CHAPTERS',
-           'paper_notebooks', 'parameter_names', 'waits_for', 'Inputs', 'surroundings', 'fingerprint', 'Done', 'Ledger',
-           'stage_line', 'run_notebook', 'run_in_order', 'Ran', 'write_page', 'room_for', 'build_report']
+           'MFNET_COLOURS', 'painted', 'class_legend', 'rich_scenes', 'build_report', 'at_a_glance', 'lead_numbers']
 
 # %% ../../nbs/lib/37_report.ipynb #78ed3320
 from ..paper import paper_table
 from caf_nb.report.tables import (
+    at_a_glance, lead_numbers,
     compare, show_table, plot_table, conclusion, output_folder, cache_folder, listed, save_results,
 )
 from .gallery import Sample, sample_pairs, pair_folders, Gallery, choose_models
@@ -20,19 +19,12 @@ from caf_nb.report.figures import (
     Window, telling_windows, Boxes, labelled, show_insets, available_rows,
     show_fused, detect, MFNET_COLOURS, painted, class_legend, rich_scenes,
 )
-from caf_nb.report.page import (
-    Part, PARTS, LAST, CHAPTERS, paper_notebooks, parameter_names,
-    waits_for, Inputs, surroundings, fingerprint, Done, Ledger,
-    stage_line, run_notebook, run_in_order, Ran, write_page, room_for,
-    build_report,
-)
+from .page import build_report
 
 # %% ../../nbs/lib/37_report.ipynb #5eaedf52
 _all_ = [
     "paper_table", "compare", "show_table", "plot_table", "conclusion", "output_folder", "cache_folder", "listed",
-    "save_results", "Sample", "sample_pairs", "pair_folders", "Gallery", "choose_models",
-    "Window", "telling_windows", "Boxes", "labelled", "show_insets", "available_rows", "show_fused", "detect",
-    "MFNET_COLOURS", "painted", "class_legend", "rich_scenes", "Part", "PARTS", "LAST", "CHAPTERS",
-    "paper_notebooks", "parameter_names", "waits_for", "Inputs", "surroundings", "fingerprint", "Done", "Ledger",
-    "stage_line", "run_notebook", "run_in_order", "Ran", "write_page", "room_for", "build_report",
+    "save_results", "Sample", "sample_pairs", "pair_folders", "Gallery", "choose_models", "Window",
+    "telling_windows", "Boxes", "labelled", "show_insets", "available_rows", "show_fused", "detect",
+    "MFNET_COLOURS", "painted", "class_legend", "rich_scenes", "build_report", "at_a_glance", "lead_numbers",
 ]

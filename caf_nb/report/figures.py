@@ -74,7 +74,8 @@ _NAMES = tuple(dict.fromkeys((*M3FD_CLASSES, *MULTISPECTRAL_CLASSES)))
 
 def _colour(name: str) -> tuple: return plt.get_cmap("tab20")((2 * _NAMES.index(name) + _NAMES.index(name) // 10) % 20 if name in _NAMES else 14)
 
-def _view(ax: Axes, pixels: Tensor, window: Window | None, corner: tuple[float, float], width: float, boxes: Boxes | None) -> Rectangle:
+def _view(ax: Axes, pixels: Tensor, window: Window | None, corner: tuple[float, float], width: float,
+          boxes: Boxes | None, named: bool = True) -> Rectangle:
     "One window of the picture (None: all of it) at a place on the axes, with what lies in it; gives its frame."
     (left, top), (h, w) = corner, pixels.shape[:2]
     y, x, tall, wide = (window.top, window.left, window.side, window.side) if window else (0, 0, h, w)
@@ -85,7 +86,7 @@ def _view(ax: Axes, pixels: Tensor, window: Window | None, corner: tuple[float, 
         if x1 <= x or y1 <= y or x0 >= x + wide or y0 >= y + tall: continue
         at, colour = (left + (x0 - x) * zoom, top + (y0 - y) * zoom), _colour(boxes.labels[i])
         ax.add_patch(Rectangle(at, (x1 - x0) * zoom, (y1 - y0) * zoom, fill=False, ec=colour, lw=1)).set_clip_path(frame)
-        if window is None: continue
+        if not named: continue
         said = boxes.labels[i] + ("" if boxes.scores is None else f" {boxes.scores[i]:.2f}")
         place = min(max(at[0], left), left + 0.9 * width), max(at[1], top)
         ax.text(*place, said, fontsize=5, color="white", va="top", clip_on=True, bbox=dict(fc=colour, ec="none", pad=0.4)).set_clip_path(frame)
@@ -96,7 +97,7 @@ def _panel(ax: Axes, image: Tensor, windows: Sequence[Window], boxes: Boxes | No
     pixels = (image.float() / 255 if image.dtype == torch.uint8 else image).permute(1, 2, 0).numpy()
     h, w = pixels.shape[:2]
     gap, each = w / 40, (w - (len(windows) - 1) * w / 40) / max(len(windows), 1)
-    _view(ax, pixels, None, (0, 0), w, boxes)
+    _view(ax, pixels, None, (0, 0), w, boxes, named=not windows)
     for i, (window, colour) in enumerate(zip(windows, _FRAMES)):
         _view(ax, pixels, window, (i * (each + gap), h + gap), each, boxes).set(ec=colour, lw=1.2)
         ax.add_patch(Rectangle((window.left, window.top), window.side, window.side, fill=False, ec=colour, lw=0.8))
