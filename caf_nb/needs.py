@@ -23,7 +23,6 @@ from .fusion import find_weights, load_fusion
 from caf_nb.sources import (
     BlockData, CLASSES, Data, Pretrained, deeplab_weights, detector_weights, read_part, segmenter_weights, vgg_weights,
 )
-from .stages import Published
 from .tasks import DeepLab, Detector, Segmenter
 from .losses.vgg import load_vgg
 from .zoo import find_method
@@ -161,7 +160,7 @@ COSTS = {"Search": 162., "TrainFusion": 32., "TrainFusion umfusion": 113., "Trai
 def _megapixels(stage: Any) -> tuple[str, float]:
     "What a stage trains: a name in `COSTS`, and megapixels."
     kind, data = type(stage).__name__, stage.fused.data if hasattr(stage, "fused") else stage.data
-    own = isinstance(getattr(stage, "loss", None), Published)
+    own = getattr(getattr(stage, "loss", None), "kind", "") == "published"
     settings = (stage.detector or stage.segmenter) if kind == "Pretrain" else stage.settings
     parts = stage.loss.recipe(stage.network) if own else [settings]
     if kind == "Pretrain": kind = "FinetuneDetector" if stage.detector else "FinetuneSegmenter"
