@@ -203,7 +203,8 @@ def at_a_glance(columns: Sequence[tuple[int, str, str]], # (number of the table,
             found[name, who] = {row: _of_seeds(folder, dataset, row, metric) for row in printed.index}
     numbers, texts = (pd.DataFrame({c: {row_style(row).title: v[i] for row, v in rows.items()} for c, rows in found.items()}) for i in (0, 1))
     style = texts.style.apply(lambda column: mark_best(numbers[column.name]))
-    return style.set_table_styles([{"selector": "td, th", "props": "text-align: right"}])
+    looks = "text-align: right; white-space: nowrap; padding: 2px 8px"
+    return style.set_table_styles([{"selector": "td, th", "props": looks}])
 
 # %% ../../nbs/lib/33_tables.ipynb #glance06
 def lead_numbers(columns: Sequence[tuple[int, str, str]], # as for `at_a_glance`
