@@ -88,7 +88,7 @@ def _import_ultralytics() -> None:
 # %% ../../nbs/lib/13_detector.ipynb #ef454b70
 @contextmanager
 def contained_ultralytics() -> Iterator[None]:
-    "A room for ultralytics: offline, quiet, without telemetry, and the process-wide state is put back at the end."
+    "A context for ultralytics: offline, quiet, without telemetry, and the process-wide state is put back at the end."
     with ExitStack() as stack:
         stack.enter_context(_process_state_kept())
         _import_ultralytics()
