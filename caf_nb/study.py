@@ -26,7 +26,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from .core import CafError
-from .losses import LETTERS, TERMS
+from .losses import TERM_TABLE, TERMS, moved_share
 from .rows import Cell, HOME, Setup, TASKS, cell, cell_file, read_cell, row_style, steady
 from .stages import Search
 
@@ -206,8 +206,8 @@ def weights(found: Found) -> pd.DataFrame:
     return frame.set_axis(pd.MultiIndex.from_tuples(rows, names=["task", "seed"]))
 
 def _moved_percent(a: Any, b: Any) -> float: # both (15,)
-    "Half the sum of absolute differences of two sets of weights, in percent."
-    return 50 * float(np.abs(np.asarray(a) - np.asarray(b)).sum())
+    "Share of the weight that moves from one to the other, in percent."
+    return 100 * moved_share(a, b)
 
 def task_distance(betas: pd.DataFrame,  # of `weights`
 ) -> Effect:                            # in percent of the weight
@@ -336,7 +336,7 @@ def plot_weights(betas: pd.DataFrame, # of `weights`
         ax.plot(range(len(TERMS)), part.T, "o", ms=3, alpha=.6, color=_COLOURS[task])
         ax.plot(range(len(TERMS)), part.mean(), "_", ms=10, mew=1.5, color="black")
         ax.axhline(1 / len(TERMS), color="#949494", lw=0.8)
-        ax.set_xticks(range(len(TERMS)), list(LETTERS), fontsize=7)
+        ax.set_xticks(range(len(TERMS)), [term.letter for term in TERM_TABLE], fontsize=7)
         ax.set_title(f"{task}, {len(part)} seeds", fontsize=8)
     axes[0].set_ylabel("weight")
     return axes
