@@ -28,7 +28,7 @@ from .tables import output_folder
 
 # %% ../../nbs/lib/36_page.ipynb #b3c122f2
 AFTER: dict[str, tuple[str, ...]] = {
-    "overview": ("table1", "table2"), "table1": (), "table2": ("table1",), "table3": ("table2",), "figure1": (),
+    "overview": ("table3",), "table1": (), "table2": ("table1",), "table3": ("table2",), "figure1": (),
     "figure2": ("table1",), "figure3": ("table2",), "figure4": (), "figure5": ("table2",), "figure6": ("table3",),
     "figure7": ("figure6",), "claims": ("table3", "figure5", "figure6", "discrepancies"), "discrepancies": ("table1",)}
 AFTER["benchmark"] = tuple(AFTER)
@@ -60,12 +60,11 @@ def _library() -> str:
     facts = [(p.name, p.read_bytes()) for p in files], environment() | {"commit": ""}
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-def fingerprint(notebook: Path,
+def fingerprint(source: str,                 # of all cells of a notebook
                 given: Mapping[str, object], # parameters; those that name folders of the user end with _root
                 cells: Path,                 # folder of the finished cells
 ) -> str:
     "Changes with whatever a notebook depends on."
-    source = str([c["source"] for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"]])
     shown = [(p.name, p.read_text()) for p in sorted(cells.glob("*.json"))] if '"cells"' in source else []
     roots = [Path(str(root)) for name, root in given.items() if name.endswith("_root") and root]
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for root in roots for p in sorted(root.rglob("*"))]
@@ -86,13 +85,14 @@ def _last_line(text: str) -> str:
 async def run_notebook(notebook: Path,
                        executed: Path,                # where it goes
                        given: Mapping[str, object],   # parameters
-                       threads: int,                  # of each library
+                       jobs: int,                     # notebooks that share the cores
                        tell: Callable[[str], object], # told the last line of stderr
 ) -> str:                                             # "" if it ran through, else why not
     "Execute a notebook with papermill. When this is cancelled, the kernel ends."
     command = _command("papermill", notebook, executed, "-k", "python3", "-y", json.dumps(given),
                        "--no-progress-bar", "--log-level", "ERROR", "--stderr-file", "/dev/stderr")
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_BAR_FORMAT": "{desc} {n_fmt}/{total_fmt}{postfix}"}
+    threads, bar = max((os.cpu_count() or 1) // jobs, 1), "{desc} {n_fmt}/{total_fmt}{postfix}"
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_BAR_FORMAT": bar}
     process = await asyncio.create_subprocess_exec(*command, env=env, stdout=subprocess.DEVNULL,
                                                    stderr=subprocess.PIPE, start_new_session=True)
     said, stderr = "", process.stderr
@@ -121,7 +121,7 @@ def _known(file: Path) -> dict[str, Ran]:
 async def _run_all(notebooks: Mapping[str, Path], folder: Path, given: Mapping[str, object], jobs: int,
                    done: dict[str, Ran], bar: tqdm) -> None:
     "Execute into `folder` what is not `done`, and note it in done.json."
-    ran, at, threads = dict[str, Ran](), dict[str, str](), max((os.cpu_count() or 1) // jobs, 1)
+    ran, at, sources = dict[str, Ran](), dict[str, str](), dict[str, str]()
     mark = partial(fingerprint, given=given, cells=folder.parent/"cells")
 
     def tell(name: str, line: str) -> None:
@@ -130,15 +130,17 @@ async def _run_all(notebooks: Mapping[str, Path], folder: Path, given: Mapping[s
         bar.update(0)
 
     async def run(name: str) -> None:
-        path, executed, old, now = notebooks[name], folder/f"{name}.ipynb", done.pop(name, None), mark(notebooks[name])
+        path, executed, old = notebooks[name], folder/f"{name}.ipynb", done.pop(name, None)
+        sources[name] = str([c["source"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]])
+        now = mark(sources[name])
         if old and (old.fingerprint, old.error) == (now, "") and executed.is_file(): ran[name] = Ran(now, reused=True)
-        else: ran[name] = Ran(now, await run_notebook(path, executed, given, threads, partial(tell, name)))
+        else: ran[name] = Ran(now, await run_notebook(path, executed, given, jobs, partial(tell, name)))
         at.pop(name, None)
         bar.update()
 
     try: await _in_order(notebooks, run, jobs)
     finally:
-        done |= {name: ran[name]._replace(fingerprint=mark(notebooks[name])) for name in notebooks if name in ran}
+        done |= {name: ran[name]._replace(fingerprint=mark(sources[name])) for name in notebooks if name in ran}
         with replacing(folder/"done.json") as part: part.write_text(json.dumps(done, indent=1))
 
 # %% ../../nbs/lib/36_page.ipynb #ad6cbf36
