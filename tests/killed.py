@@ -1,4 +1,4 @@
-"""Run by test_training.py in a process of its own: trainings that are killed with SIGKILL and taken up again.
+"""Run by test_training.py in a process of its own: trainings that are killed with SIGKILL and resumed.
 
     python killed.py KIND FOLDER KILLS
 
@@ -25,11 +25,12 @@ from caf_nb.fusion import FusionNet
 from caf_nb.losses import LossSpace
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
-from caf_nb.train import caf_recipe, finetune_detector, finetune_segmenter, train_fusion, write_yolo_folder
+from caf_nb.train import caf_recipe, finetune_detector, finetune_segmenter, train_fusion, train_joint, write_yolo_folder
 from caf_nb.zoo import find_method
 
 SCENES = SynthScenes(10, 32, seed=5)[:]
-LABELLED = [(s.vi, s.mask) for s in SynthScenes(10, 32, seed=5, task="segmentation")]
+MASKED = SynthScenes(10, 32, seed=5, task="segmentation")[:]
+LABELLED = [(s.vi, s.mask) for s in MASKED]
 
 
 def fusion(folder: Path) -> dict:
@@ -49,6 +50,14 @@ def segmenter(folder: Path) -> dict:
     result = finetune_segmenter(judge, LABELLED, LABELLED[:2], settings, folder / "out", seed=3, progress=False, folder=folder / "state", save_every=1)
     back = Segmenter(MFNET_CLASSES, weights=result.checkpoint)
     return {"losses": result.losses, "scores": [result.miou, result.macc], "net": back.net.state_dict()}
+
+
+def joint(folder: Path) -> dict:
+    torch.manual_seed(0)
+    net, judge = FusionNet(), Segmenter(MFNET_CLASSES)
+    history = train_joint(net, judge, LossSpace("paper"), torch.full((15,), 1 / 15), MASKED, FusionSettings(epochs=4, batch_size=4, lr=1e-3), seed=3, progress=False,
+                          folder=folder / "state", save_every=1)
+    return {"losses": history.losses, "net": net.state_dict(), "task": judge.net.state_dict()}
 
 
 def detector(folder: Path) -> dict:
@@ -99,13 +108,14 @@ def same(a, b) -> bool:
     return str(a) == str(b)  # nan is nan
 
 
-LIFE = {"fusion": (0.05, 0.6), "segmenter": (0.05, 0.6), "detector": (0.4, 1.2)}  # seconds to a kill, where the peaceful run has 1; half of the detector's goes by before its first epoch
+LIFE = {"fusion": (0.05, 0.6), "segmenter": (0.05, 0.6), "joint": (0.05, 0.6), "detector": (0.4, 1.2)}  # seconds to a kill, where the peaceful run has 1; half of the detector's goes by before its first epoch
 
 
 def main(kind: str, root: Path, wanted: int) -> dict:
-    train, draw, kills, trainings = {"fusion": fusion, "segmenter": segmenter, "detector": detector}[kind], random.Random(kind), 0, []
+    train, draw, kills, trainings = {"fusion": fusion, "segmenter": segmenter, "joint": joint, "detector": detector}[kind], random.Random(kind), 0, []
     if kind == "segmenter": import accelerate, torchmetrics.classification, transformers.models.segformer.modeling_segformer
     if kind == "fusion": import accelerate
+    if kind == "joint": import transformers.models.segformer.modeling_segformer
     if kind == "detector":
         for split in ("train", "test"):
             write_yolo_folder(root / "data", split, [s.vi for s in SCENES], [s.boxes for s in SCENES], [s.stem for s in SCENES], M3FD_CLASSES)

@@ -18,7 +18,6 @@ from caf_nb.checkpoints import load_plain, read_tensors
 from caf_nb.core import CafError
 from caf_nb.losses.vgg import load_vgg
 from caf_nb.loop import read_state, write_state
-from caf_nb.search import _resume
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
 from caf_nb.tasks.detector import _detection_network
 from caf_nb.oracle import textbook_space
@@ -230,26 +229,22 @@ def test_vgg_comes_from_the_cache_and_from_nowhere_else(tmp_path, monkeypatch):
 def read_training(file): return read_state(file, {"a": "b"})
 
 
-def read_search(file): return _resume(SimpleNamespace(on="cpu"), file, {"a": "b"})
-
-
 def with_attribute(tensor):
     tensor.cpu = Counter
     return tensor
 
 
-@pytest.mark.parametrize("read", [read_training, read_search])
 @pytest.mark.parametrize(
     "state",
     [{"about": {"a": "b"}, "x": Shadowed({}, "get", "keys", method=OrderedDict)}, {"about": {"a": "b"}, "random": with_attribute(nn.Parameter(torch.ones(1)))}],
     ids=["container", "tensor"],
 )
-def test_states_that_bring_methods(tmp_path, read, state):
-    "Taken out: `_check_plain`. Then both readers handed the objects on, to an optimiser that asks for `keys` and a generator that asks for `cpu`."
+def test_states_that_bring_methods(tmp_path, state):
+    "Taken out: `_check_plain`. Then the objects were handed on, to an optimiser that asks for `keys` and a generator that asks for `cpu`."
     torch.save(state, tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=True).keys() == state.keys()  # the safe mode of PyTorch has nothing against it
     with pytest.raises(CafError, match=r"a\.pt: is no state of a .*with attributes"):
-        read(tmp_path / "a.pt")
+        read_training(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("state", [[], {}, {"about": 3}, {"about": None}, 7, {"about": {"a": "b"}, "x": Opened("never")}])
@@ -258,7 +253,7 @@ def test_foreign_states(tmp_path, state):
     torch.save(state, tmp_path / "a.pt")
     for read in (read_training, read_search):
         with pytest.raises(CafError, match=r"a\.pt: is no state of a "):
-            read(tmp_path / "a.pt")
+            read_training(tmp_path / "a.pt")
 
 
 def test_our_states_are_plain(tmp_path):

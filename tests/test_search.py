@@ -105,14 +105,23 @@ def test_what_breaks_is_named_and_the_last_good_state_is_kept(space, tmp_path):
     with pytest.raises(NotFinite, match=rf"at step \d.*training batch .*{scenes[3].stem}"):
         search(FusionNet(), Detector(SynthScenes(1, 32).classes), space, broken, scenes[4:], SearchSettings(epochs=4, batch_size=1), seed=1, progress=False, folder=tmp_path)
     state = torch.load(tmp_path / "search.pt", weights_only=True)
-    assert state["rows"] and all(tensor.isfinite().all() for tensor in state["net"].values())
+    assert state["rows"] and all(tensor.isfinite().all() for tensor in state["net"]["tensors"].values())
 
 
 def test_a_state_of_something_else_is_refused(space, tmp_path):
-    (tmp_path / "search.pt").write_bytes(b"not a state")
-    scenes = SynthScenes(4, 32)
-    with pytest.raises(CafError, match="is no state of a search"):
-        search(FusionNet(), Detector(scenes.classes), space, scenes[:2], scenes[2:], SearchSettings(epochs=1, batch_size=2), progress=False, folder=tmp_path)
+    scenes, file = SynthScenes(4, 32), tmp_path / "search.pt"
+
+    def run(seed=0):
+        torch.manual_seed(0)
+        return search(FusionNet(), Detector(scenes.classes), space, scenes[:2], scenes[2:], SearchSettings(epochs=1, batch_size=2), seed, progress=False, folder=tmp_path)
+
+    run()
+    with pytest.raises(CafError, match="belongs to another training: seed 0 instead of 1"): run(seed=1)
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # one bit
+    for wrong in (b"not a state", bytes(damaged)):
+        file.write_bytes(wrong)
+        with pytest.raises(CafError, match="is no state of a training"): run()
 
 
 PROGRAM = textwrap.dedent("""

@@ -19,20 +19,20 @@ from caf_nb.fusion import FusionNet
 from caf_nb.losses import LossSpace
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
-from caf_nb.train import caf_recipe, finetune_detector, finetune_segmenter, train_fusion, write_yolo_folder
+from caf_nb.train import caf_recipe, finetune_detector, finetune_segmenter, train_fusion, train_joint, write_yolo_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fusion", "segmenter", "detector"])
-def test_killed_at_any_moment_it_ends_with_the_same_bits(kind, tmp_path):
-    "SIGKILL at random moments, at least ten times: weights, history and scores are those of the training that was left in peace."
-    done = subprocess.run([sys.executable, str(ROOT / "tests/killed.py"), kind, str(tmp_path), "10"], env=ONE_THREAD, capture_output=True, text=True, timeout=900)
+@pytest.mark.parametrize("kind, kills", [("fusion", 10), ("segmenter", 10), ("joint", 4), ("detector", 10)])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(kind, kills, tmp_path):
+    "SIGKILL at random moments, again and again: weights, history and scores are those of the training that was left in peace."
+    done = subprocess.run([sys.executable, str(ROOT / "tests/killed.py"), kind, str(tmp_path), str(kills)], env=ONE_THREAD, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] >= 10
+    assert found["kills"] >= kills
     assert max(runs for runs, _ in found["trainings"]) > 1
     assert all(same for _, same in found["trainings"]), found
 
@@ -133,6 +133,8 @@ def test_a_damaged_state_is_refused_by_name(wrong, scenes, space, yolo_folder, t
         "fusion.pt": lambda: trained(scenes, space, folder=tmp_path),
         "segmenter.pt": lambda: finetune_segmenter(Segmenter(MFNET_CLASSES), pairs, pairs, SegmenterSettings(model="tiny", steps=1, batch_size=2, pretrained=False),
                                                    tmp_path / "out", progress=False, folder=tmp_path),
+        "joint.pt": lambda: train_joint(FusionNet(), Detector(M3FD_CLASSES), space, torch.full((15,), 1 / 15), scenes, FusionSettings(epochs=1, batch_size=7),
+                                        progress=False, folder=tmp_path),
         "detector.pt": detect,
     }.items():  # fmt: skip
         file = tmp_path / name
@@ -144,7 +146,7 @@ def test_a_damaged_state_is_refused_by_name(wrong, scenes, space, yolo_folder, t
 
 
 def test_patience_is_that_of_ultralytics_and_survives_a_kill(yolo_folder, tmp_path):
-    "Scores are planted: the first epoch is the best. The state knows, and a training that goes on after the second epoch stops after the third, too."
+    "Scores are planted: the first epoch is the best. The state knows, and a training that is resumed after the second epoch stops after the third, too."
     with contained_ultralytics(): from ultralytics.models.yolo.detect import DetectionTrainer
 
     def scored(trainer):
@@ -170,11 +172,11 @@ def test_patience_is_that_of_ultralytics_and_survives_a_kill(yolo_folder, tmp_pa
 def test_the_trainer_can_be_sent_to_another_process(yolo_folder, tmp_path):
     "For several cards ultralytics pickles it, which is all of that way that a machine without cards can try."
     cloudpickle = pytest.importorskip("cloudpickle")
-    from caf_nb.train.detector import _run_trainer, _settings, _trainer_class
+    from caf_nb.train.detector import _Given, _run_trainer, _settings, _trainer_class
 
     detector = Detector(M3FD_CLASSES)
     with contained_ultralytics():
-        kind = cloudpickle.loads(cloudpickle.dumps(_trainer_class(False, tmp_path / "detector.pt", {"seed": "0"}, 1, None, True)))
+        kind = cloudpickle.loads(cloudpickle.dumps(_trainer_class(_Given(False, tmp_path / "detector.pt", {"seed": "0"}, 1, None, True))))
         options = _settings(yolo_folder / "data.yaml", 32, 7, "cpu", tmp_path / "out", mode="train", model="yolov5n.yaml", epochs=2, patience=0, val=False, amp=False)
         checkpoint, losses, before = _run_trainer(detector, options, kind, False)
     assert checkpoint.exists() and len(losses) == 2 and before == 0

@@ -8,13 +8,14 @@ __all__ = ['write_yolo_folder', 'DetectionScores', 'evaluate_detector', 'Detecto
 # %% ../../nbs/lib/23_detector_training.ipynb #773bc648
 import json
 import math
+import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,8 +27,11 @@ from tqdm import tqdm
 from ..config import DetectorSettings
 from ..core import CafError, device as find_device, replacing
 from ..data import EXTENSIONS, write_png
-from ..loop import Log, filling, fingerprint, read_state, write_state
+from ..loop import Log, account, fingerprint, generator_states, read_state, set_generators, write_state, writing_folder
 from ..tasks import Detector, contained_ultralytics
+
+if TYPE_CHECKING: _Theirs = Any  # the trainer of ultralytics, which is imported late
+else: _Theirs = object
 
 # %% ../../nbs/lib/23_detector_training.ipynb #72c2449d
 def _label_rows(boxes: Tensor,  # (n,5): class, cx, cy, w, h; relative to the image
@@ -35,22 +39,35 @@ def _label_rows(boxes: Tensor,  # (n,5): class, cx, cy, w, h; relative to the im
                 classes: Sequence[str],
 ) -> str:                       # the text of a YOLO label file
     "Format boxes. Raises `CafError` on an unknown class and on a box outside of the image."
-    for row in boxes.tolist():
-        if row[0] not in range(len(classes)):
-            raise CafError(f"class index {row[0]:g}, but there are {len(classes)} classes", file, "Map the labels by class name")
-        if not all(0 <= value <= 1 for value in row[1:]) or min(row[3:]) == 0:
-            raise CafError(f"box {[round(v, 4) for v in row[1:]]} is empty or not inside the image", file, "Give cx, cy, w, h relative to the image")
-    return "".join(f"{int(row[0])} {' '.join(f'{value:.6f}' for value in row[1:])}\n" for row in boxes.tolist())
+    for index, *box in boxes.tolist():
+        if index not in range(len(classes)):
+            raise CafError(f"class index {index:g}, but there are {len(classes)} classes", file,
+                           "Map the labels by class name")
+        if not all(0 <= value <= 1 for value in box) or min(box[2:]) == 0:
+            cause = f"box {[round(v, 4) for v in box]} is empty or not inside the image"
+            raise CafError(cause, file, "Give cx, cy, w, h relative to the image")
+    return "".join(f"{int(index)} {' '.join(f'{value:.6f}' for value in box)}\n" for index, *box in boxes.tolist())
 
 # %% ../../nbs/lib/23_detector_training.ipynb #1a3cce90
 def _split_folders(root: Path, split: str, kind: str, stems: Sequence[str]) -> tuple[Path, Path]:
-    "The folders of the images and of their `kind` of targets, made if absent. Raises `CafError` if other images are there."
+    """The folders of the images and of their `kind` of targets, made if absent. Raises `CafError` if other images are
+    there."""
     pictures, targets = root/"images"/split, root/kind/split
     for folder in (pictures, targets): folder.mkdir(parents=True, exist_ok=True)
     if strays := {p.stem for p in pictures.iterdir()} - set(stems):
         raise CafError(f"holds other pictures already ({min(strays)})", pictures, "Use an empty folder")
     return pictures, targets
 
+def _write_data_yaml(root: Path, classes: Sequence[str]) -> Path:
+    "Name the splits on disk and the classes. Without a val split `val` is train, never test."
+    paths = {split: f"images/{split}" for split in ("train", "val", "test") if (root/"images"/split).is_dir()}
+    paths = {"train": "images/train", "val": "images/train"} | paths  # ultralytics insists on both
+    file = root/"data.yaml"
+    file.write_text("".join(f"{split}: {path}\n" for split, path in paths.items())
+                    + f"names: {json.dumps(list(classes))}\n")
+    return file
+
+# %% ../../nbs/lib/23_detector_training.ipynb #d1cd36ca
 def write_yolo_folder(root: str | Path,         # made if absent
                       split: str,               # "train", "val" or "test"
                       images: Sequence[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
@@ -60,21 +77,14 @@ def write_yolo_folder(root: str | Path,         # made if absent
 ) -> Path:                                      # data.yaml, which lists every split written so far
     "Write one split in the layout of ultralytics. Raises `CafError` on bad labels and on a folder with other pictures."
     root = Path(root)
-    if split not in ("train", "val", "test"): raise CafError(f"there is no split {split!r}", remedy="Choose train, val or test")
+    if split not in ("train", "val", "test"):
+        raise CafError(f"there is no split {split!r}", remedy="Choose train, val or test")
     pictures, labels = _split_folders(root, split, "labels", stems)
     labels.with_suffix(".cache").unlink(missing_ok=True)
     for image, rows, stem in zip(images, boxes, stems, strict=True):
         (labels/f"{stem}.txt").write_text(_label_rows(rows, labels/f"{stem}.txt", classes))
         write_png(pictures/f"{stem}.png", image)
     return _write_data_yaml(root, classes)
-
-def _write_data_yaml(root: Path, classes: Sequence[str]) -> Path:
-    "Name the splits on disk and the classes. Without a val split `val` is train, never test."
-    paths = {split: f"images/{split}" for split in ("train", "val", "test") if (root/"images"/split).is_dir()}
-    paths = {"train": "images/train", "val": "images/train"} | paths  # ultralytics insists on both
-    file = root/"data.yaml"
-    file.write_text("".join(f"{split}: {path}\n" for split, path in paths.items()) + f"names: {json.dumps(list(classes))}\n")
-    return file
 
 # %% ../../nbs/lib/23_detector_training.ipynb #f0634b26
 def _split_folder(data: str | Path, # data.yaml, or the folder that holds it
@@ -88,10 +98,12 @@ def _split_folder(data: str | Path, # data.yaml, or the folder that holds it
     names = listed.get("names", [])
     names = list(names.values()) if isinstance(names, dict) else names
     if names != list(classes):
-        raise CafError(f"lists the classes {', '.join(map(str, names))}, but the detector knows {', '.join(classes)}", data, "Use one list for both")
+        cause = f"lists the classes {', '.join(map(str, names))}, but the detector knows {', '.join(classes)}"
+        raise CafError(cause, data, "Use one list for both")
     if split not in listed: raise CafError(f"lists no split {split}", data, "Write it with write_yolo_folder")
     return data.parent/listed[split]
 
+# %% ../../nbs/lib/23_detector_training.ipynb #38797a28
 def _check_split(data: Path, split: str, classes: Sequence[str]) -> None:
     "Raises `CafError` unless the images of a split have label files with known classes and at least one box."
     pictures = _split_folder(data, split, classes)
@@ -104,7 +116,8 @@ def _check_split(data: Path, split: str, classes: Sequence[str]) -> None:
     if not indices: raise CafError(f"no image of split {split} has a box", labels, "Check the labels")
     for index, file in indices:
         if not index.isdecimal() or int(index) >= len(classes):
-            raise CafError(f"class index {index}, but there are {len(classes)} classes", file, "Map the labels by class name")
+            raise CafError(f"class index {index}, but there are {len(classes)} classes", file,
+                           "Map the labels by class name")
 
 # %% ../../nbs/lib/23_detector_training.ipynb #cf07e1fb
 class DetectionScores(NamedTuple):
@@ -113,20 +126,23 @@ class DetectionScores(NamedTuple):
     map: float           # mean of `ap` over the classes in the split
     map50: float         # the same at the overlap 0.5 alone
 
-def _device_name(name: str | torch.device) -> str:
-    "A device in the spelling of ultralytics: cpu, mps, or the number of the card; several cards are 0,1."
-    if "," in str(name): return ",".join(_device_name(f"cuda:{card.strip().removeprefix('cuda:')}") for card in str(name).split(","))
+# %% ../../nbs/lib/23_detector_training.ipynb #083deb87
+def _device_name(name: str | torch.device) -> str: # cpu, mps, or the number of the card; several cards: 0,1
+    if "," in str(name):
+        return ",".join(_device_name(f"cuda:{n.strip().removeprefix('cuda:')}") for n in str(name).split(","))
     where = find_device(name)
     return str(where.index or 0) if where.type == "cuda" else where.type
 
-def _settings(data: Path, size: int, batch_size: int, device: str | torch.device, out: Path, **more) -> dict[str, Any]:
-    "What training and validation with ultralytics have in common: no pictures and no workers. Raises `CafError` on an odd size."
+def _settings(data: Path, size: int, batch_size: int, device: str | torch.device, out: Path, **more: Any) -> dict[str,
+                                                                                                                  Any]:
+    "What training and validation have in common: no pictures and no workers. Raises `CafError` on an odd size."
     if size % 32: raise CafError(f"size is {size}", remedy="Choose a multiple of 32: ultralytics would round it up")
-    return dict(task="detect", data=str(data), imgsz=size, batch=batch_size, device=_device_name(device), workers=0, plots=False,
+    return dict(task="detect", data=str(data), imgsz=size, batch=batch_size, device=_device_name(device), workers=0,
+                plots=False,
                 verbose=False, project=str(out.parent), name=out.name, exist_ok=True) | more
 
 @contextmanager
-def _their_errors(data: Path):
+def _their_errors(data: Path) -> Iterator[None]:
     "What ultralytics raises becomes a `CafError` with its first line."
     try: yield
     except CafError: raise
@@ -147,16 +163,227 @@ def evaluate_detector(detector: Detector,
     _check_split(data, split, detector.classes)
     with tempfile.TemporaryDirectory() as scratch, contained_ultralytics(), _their_errors(data):
         from ultralytics.models.yolo.detect import DetectionValidator
-        options = _settings(data, size, batch_size, str(device).split(",")[0], Path(scratch)/"val", mode="val", split=split, rect=True)
+        options = _settings(data, size, batch_size, str(device).split(",")[0], Path(scratch)/"val", mode="val",
+                            split=split, rect=True)
         validator = DetectionValidator(args=options)
         validator(model=detector.net)  # works on a copy
     box = validator.metrics.box
-    ap = dict.fromkeys(detector.classes, math.nan) | {detector.classes[i]: float(v) for i, v in zip(box.ap_class_index, box.ap)}
+    ap = dict.fromkeys(detector.classes,
+                       math.nan) | {detector.classes[i]: float(v) for i, v in zip(box.ap_class_index, box.ap)}
     return DetectionScores(ap, float(box.map), float(box.map50))
 
 def _data_file(data: str | Path) -> Path: return Path(data)/"data.yaml" if Path(data).is_dir() else Path(data)
 
-# %% ../../nbs/lib/23_detector_training.ipynb #73b0b63e
+# %% ../../nbs/lib/23_detector_training.ipynb #d1a12f36
+def _generators(where: torch.device) -> dict[str, Any]:
+    "The states of all random generators, in tensors and plain numbers."
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": generator_states(where)}
+
+def _set_generators(state: dict[str, Any], where: torch.device) -> None:
+    "Set what `_generators` gave."
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    set_generators(state["torch"], where)
+
+# %% ../../nbs/lib/23_detector_training.ipynb #cb3eb2d6
+def _forward(loader: Any, # of ultralytics, fresh
+             batches: int,
+) -> None:
+    "Advance the order of the images, without loading any."
+    if not batches: return
+    if loader.iterator is None: loader.iterator = loader._get_iterator()
+    for _ in range(batches): next(loader.iterator._sampler_iter)
+
+def _fill_pool(dataset: Any, images: list[int]) -> None:
+    "Fill the pool of mosaics with `images`, in this order."
+    limit, dataset.max_buffer_length = dataset.max_buffer_length, len(images) + 2  # nothing is pushed out meanwhile
+    for i in images: dataset.load_image(i)
+    dataset.buffer, dataset.max_buffer_length = list(images), limit
+
+# %% ../../nbs/lib/23_detector_training.ipynb #6056b913
+class _Given(NamedTuple):
+    "What `finetune_detector` asks of the trainer."
+    select_best: bool      # otherwise without the validations of ultralytics
+    file: Path | None      # where the state is kept
+    about: dict[str, str]  # what it has to belong to
+    save_every: int        # epochs between two states
+    log: Path | None       # folder for TensorBoard
+    progress: bool         # show a bar
+
+def _first() -> bool: return int(os.environ.get("RANK", -1)) in (-1, 0)  # of several processes, the one that writes
+
+class _Steps(_Theirs):
+    "When the optimiser steps."
+    nominal, behind, batches_done, last_step = 1, 0, 0, -1
+
+    @property
+    def accumulate(self) -> int: return self.nominal + self.behind
+    @accumulate.setter
+    def accumulate(self, value: int) -> None: self.nominal = value
+
+    def optimizer_step(self) -> None:
+        super().optimizer_step()
+        self.last_step, self.behind = self.batches_done, 0
+
+    def on_train_batch_end(self) -> None: self.batches_done += 1
+
+# %% ../../nbs/lib/23_detector_training.ipynb #e2d6d7d7
+class _Files(_Theirs):
+    "Whole files, and no validation that nobody asked for."
+
+    def validate(self) -> tuple[dict, float | None]: return super().validate() if self.given.select_best else ({}, None)
+
+    def save_model(self) -> bool:
+        files = self.wdir, self.last, self.best
+        try:
+            with writing_folder(self.wdir) as aside:
+                self.wdir, self.last, self.best = aside, aside/"last.pt", aside/"best.pt"
+                super().save_model()
+        finally: self.wdir, self.last, self.best = files
+        return True
+
+    def final_eval(self) -> None:
+        from ultralytics.utils.torch_utils import strip_optimizer
+        self.bar.close()
+        if not _first(): return
+        with replacing(self.save_dir/"losses.json") as part:
+            part.write_text(json.dumps({"losses": self.losses, "before": self.spent}))
+        for checkpoint in (self.last, self.best):
+            if checkpoint.exists():
+                with writing_folder(checkpoint.parent) as aside: strip_optimizer(checkpoint, str(aside/checkpoint.name))
+
+# %% ../../nbs/lib/23_detector_training.ipynb #5c653613
+class _Course(_Theirs):
+    "Losses, bar and log."
+    seen: list[Tensor] | None = None
+
+    def run_callbacks(self, event: str) -> None:
+        super().run_callbacks(event)
+        getattr(self, event, lambda: None)()
+
+    def start_course(self) -> None:
+        self.losses: list[float] = []
+        self.writer = Log(self.given.log if _first() else None, self.start_epoch + 1)
+        self.bar = tqdm(total=self.epochs, initial=self.start_epoch, desc=Path(self.args.model).stem,
+                        disable=not (self.given.progress and _first()))
+
+    def preprocess_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = super().preprocess_batch(batch)
+        if self.writer and self.seen is None: self.seen = _boxed(batch)
+        return batch
+
+    def on_train_epoch_end(self) -> None:
+        parts = {f"detector__{name}": float(part) for name, part in self.tloss.items()}
+        self.losses.append(sum(parts.values()))
+        if not math.isfinite(self.losses[-1]):
+            raise CafError(f"the loss is {self.losses[-1]} in epoch {len(self.losses)}",
+                           remedy="Lower the learning rate (lr0=...)")
+        self.bar.update()
+        if not self.writer: return
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.writer.scalars(self.epoch + 1, detector__loss=self.losses[-1], detector__lr=rate, **parts)
+        self.writer.grid(self.epoch + 1, "training images", [self.seen])
+        self.seen = None
+
+# %% ../../nbs/lib/23_detector_training.ipynb #82de13eb
+def _boxed(batch: dict[str, Tensor]) -> list[Tensor]:
+    "The first images of a batch of ultralytics with their boxes drawn."
+    n, (h, w) = min(4, len(batch["img"])), batch["img"].shape[-2:]
+    cx, cy, bw, bh = (batch["bboxes"].cpu() * torch.tensor([w, h, w, h])).unbind(1)
+    corners = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], 1)
+    index, images = batch["batch_idx"].cpu(), batch["img"][:n].detach().float().cpu().clamp(0, 1)
+    return [draw_bounding_boxes(image, corners[index == i], colors="yellow") if (index == i).any() else image
+            for i, image in enumerate(images)]
+
+# %% ../../nbs/lib/23_detector_training.ipynb #b508a807
+class _State(_Theirs):
+    "Our state file."
+
+    def on_fit_epoch_end(self) -> None:
+        due = self.given.file and _first() and not self.stop and (self.epoch + 1) % self.given.save_every == 0
+        if due: write_state(self.given.file, self.given.about, **self.state_dict())
+
+    def named_parts(self) -> dict[str, Any]: # with a state_dict
+        from ultralytics.utils.torch_utils import unwrap_model
+        return {"net": unwrap_model(self.model), "ema": self.ema.ema, "optimizer": self.optimizer,
+                "scaler": self.scaler}
+
+    def state_dict(self) -> dict[str, Any]:
+        parts, stop = self.named_parts(), self.stopper
+        return {name: part.state_dict() for name, part in parts.items()} | {
+            "gradients": {name: p.grad for name, p in parts["net"].named_parameters() if p.grad is not None},
+            "best": _plain(self.best_fitness), "fitness": _plain(self.fitness),
+            "stopper": (_plain(stop.best_fitness), stop.best_epoch, stop.possible_stop),
+            "generators": _generators(self.device),
+            "pool": list(self.train_loader.dataset.buffer), "losses": list(self.losses), "nominal": self.nominal,
+            "epoch": self.epoch, "updates": self.ema.updates, "last_step": self.last_step,
+            "csv": self.csv.read_text() if self.csv.exists() else "",
+            "seconds": self.spent + time.time() - self.train_time_start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.named_parts().items(): part.load_state_dict(state[name])
+        self.ema.updates, self.start_epoch = state["updates"], state["epoch"] + 1
+        self.best_fitness, self.fitness, self.spent = state["best"], state["fitness"], state["seconds"]
+        self.stopper.best_fitness, self.stopper.best_epoch, self.stopper.possible_stop = state["stopper"]
+        if _first() and state["csv"]: self.csv.write_text(state["csv"])
+
+def _plain(value: Any) -> float | None: return None if value is None else float(value)
+
+# %% ../../nbs/lib/23_detector_training.ipynb #5e9d2c5b
+class _Resume(_Theirs):
+    "From a state back to where it was written."
+    spent, resumed = 0., None
+
+    def resume_training(self, ckpt: object) -> None:
+        self.resumed = read_state(self.given.file, self.given.about)
+        if self.resumed: self.load_state_dict(self.resumed)
+        self.start_course()
+        if self.resumed: self.losses = self.resumed["losses"]
+
+    def on_train_start(self) -> None:
+        per_epoch, state, args = len(self.train_loader), self.resumed, self.args
+        if state is None: return
+        closing = max(self.epochs - args.close_mosaic, 0) if args.close_mosaic else self.epochs
+        _forward(self.train_loader, per_epoch * min(self.start_epoch, closing))
+        if self.start_epoch > closing:
+            self._close_dataloader_mosaic()
+            self.train_loader.reset()
+            _forward(self.train_loader, per_epoch * (self.start_epoch - closing))
+            args.close_mosaic = 0  # done
+        _fill_pool(self.train_loader.dataset, state["pool"])
+        self.nominal, self.last_step, self.behind = state["nominal"], state["last_step"], state["last_step"] + 1
+
+    def on_train_epoch_start(self) -> None:
+        self.batches_done = len(self.train_loader) * self.epoch
+        state, self.resumed = self.resumed, None
+        if state is None: return
+        for name, p in self.named_parts()["net"].named_parameters():
+            p.grad = state["gradients"][name].to(p) if name in state["gradients"] else None
+        if _first(): _set_generators(state["generators"], self.device)  # other processes draw anew
+
+# %% ../../nbs/lib/23_detector_training.ipynb #3408db1a
+def _trainer_class(given: _Given) -> type:
+    "The trainer of ultralytics with the replacements above."
+    from ultralytics.models.yolo.detect import DetectionTrainer
+    return type("Trainer", (_Steps, _Files, _Course, _State, _Resume, DetectionTrainer), {"given": given})
+
+# %% ../../nbs/lib/23_detector_training.ipynb #afbc23c6
+def _run_trainer(detector: Detector,
+                 options: dict[str, Any], # of ultralytics
+                 kind: type,              # what `_trainer_class` made
+                 select_best: bool,
+# the checkpoint, the loss of each epoch, and the seconds of runs before this one
+) -> tuple[Path, list[float], float]:
+    "Run the trainer of ultralytics, starting at the weights of `detector`."
+    trainer = kind(overrides=options)
+    trainer.model = trainer.get_model(cfg=detector.net.yaml, weights=detector.net, verbose=False)
+    trainer.resume = trainer.ddp  # for several cards ultralytics would delete the folder otherwise
+    trainer.train()
+    course = json.loads((trainer.save_dir/"losses.json").read_text())
+    return trainer.best if select_best else trainer.last, course["losses"], course["before"]
+
+# %% ../../nbs/lib/23_detector_training.ipynb #357e560a
 class DetectorResult(NamedTuple):
     "A fine-tuned detector: how good, from where, how long."
     ap: dict[str, float]   # class -> AP@.5:.95 on the test split; nan: the split has no box of it
@@ -167,192 +394,16 @@ class DetectorResult(NamedTuple):
     provenance: str        # the network, its start, and the epochs
     seconds: float         # of training and test together
 
-# %% ../../nbs/lib/23_detector_training.ipynb #d1a12f36
-def _generators() -> dict[str, Any]:
-    "The states of all random generators, in tensors and plain numbers."
-    name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-
-def _set_generators(state: dict[str, Any]) -> None:
-    "Set what `_generators` gave."
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
-
-# %% ../../nbs/lib/23_detector_training.ipynb #cb3eb2d6
-def _forward(loader, # of ultralytics, fresh
-             batches: int,
-) -> None:
-    "Let the order of the images run, without loading any."
-    if not batches: return
-    if loader.iterator is None: loader.iterator = loader._get_iterator()
-    for _ in range(batches): next(loader.iterator._sampler_iter)
-
-def _pool(dataset, images: list[int]) -> None:
-    "Fill the pool of mosaics with `images`, in this order."
-    limit, dataset.max_buffer_length = dataset.max_buffer_length, len(images) + 2  # nothing is pushed out meanwhile
-    for i in images: dataset.load_image(i)
-    dataset.buffer, dataset.max_buffer_length = list(images), limit
-
-# %% ../../nbs/lib/23_detector_training.ipynb #3408db1a
-def _trainer_class(select_best: bool,      # otherwise without the validations of ultralytics
-                   file: Path | None,      # where the state is kept
-                   about: dict[str, str],  # what it has to belong to
-                   save_every: int,        # epochs between two states
-                   log: Path | None,       # folder for TensorBoard
-                   progress: bool,         # show a bar
-) -> type:
-    "The trainer of ultralytics, with whole files and a state. (Made in a function, since the library is imported late.)"
-    moments = {"on_train_start": "take_up", "on_train_epoch_start": "take_up_epoch", "on_train_batch_end": "count_batch", "on_train_epoch_end": "end_epoch",
-               "on_fit_epoch_end": "keep"}
-    from ultralytics.models.yolo.detect import DetectionTrainer
-    from ultralytics.utils import RANK
-    from ultralytics.utils.torch_utils import strip_optimizer, unwrap_model
-
-    class Trainer(DetectionTrainer):
-        nominal, behind, batches_done, last_step = 1, 0, 0, -1
-        spent, resumed, writer, seen = 0., None, None, None
-
-        def run_callbacks(self, event: str) -> None:
-            super().run_callbacks(event)
-            if event in moments: getattr(self, moments[event])()
-
-        @property
-        def accumulate(self) -> int: return self.nominal + self.behind
-        @accumulate.setter
-        def accumulate(self, value: int) -> None: self.nominal = value
-
-        def optimizer_step(self) -> None:
-            super().optimizer_step()
-            self.last_step, self.behind = self.batches_done, 0
-
-        def preprocess_batch(self, batch: dict) -> dict:
-            batch = super().preprocess_batch(batch)
-            if self.writer and self.seen is None: self.seen = _boxed(batch)
-            return batch
-
-        def validate(self): return super().validate() if select_best else ({}, None)
-
-        def final_eval(self) -> None:
-            "The checkpoints without what only a training needs, and the losses, in files, since several cards are served by other processes."
-            self.bar.close()
-            if RANK in (-1, 0):
-                with replacing(self.save_dir/"losses.json") as part: part.write_text(json.dumps({"losses": self.losses, "before": self.spent}))
-            for checkpoint in (self.last, self.best):
-                if RANK in (-1, 0) and checkpoint.exists():
-                    with filling(checkpoint.parent) as aside: strip_optimizer(checkpoint, str(aside/checkpoint.name))
-
-        def save_model(self) -> bool:
-            "Their checkpoints, whole or not at all."
-            files = self.wdir, self.last, self.best
-            try:
-                with filling(self.wdir) as aside:
-                    self.wdir, self.last, self.best = aside, aside/"last.pt", aside/"best.pt"
-                    super().save_model()
-            finally: self.wdir, self.last, self.best = files
-            return True
-
-        def keep(self) -> None:
-            "Our state, but none of the last epoch: whoever finds it ends with that one."
-            if file and RANK in (-1, 0) and not self.stop and (self.epoch + 1) % save_every == 0: write_state(file, about, **self.state_dict())
-
-        def state_dict(self) -> dict[str, Any]:
-            net = unwrap_model(self.model)
-            return {"epoch": self.epoch, "net": net.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates,
-                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "nominal": self.nominal, "last_step": self.last_step,
-                    "gradients": {name: p.grad for name, p in net.named_parameters() if p.grad is not None},
-                    "best": _plain(self.best_fitness), "fitness": _plain(self.fitness),
-                    "stopper": (_plain(self.stopper.best_fitness), self.stopper.best_epoch, self.stopper.possible_stop),
-                    "generators": _generators(), "pool": list(self.train_loader.dataset.buffer), "losses": list(self.losses),
-                    "csv": self.csv.read_text() if self.csv.exists() else "", "seconds": self.spent + time.time() - self.train_time_start}
-
-        def resume_training(self, ckpt) -> None:
-            "Called by ultralytics when everything is built."
-            self.losses = []
-            if state := read_state(file, about): self.load_state_dict(state)
-            self.writer = Log(log if RANK in (-1, 0) else None, self.start_epoch + 1)
-            self.bar = tqdm(total=self.epochs, initial=self.start_epoch, desc=Path(self.args.model).stem, disable=not progress or RANK > 0)
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            self.resumed, self.start_epoch = state, state["epoch"] + 1
-            unwrap_model(self.model).load_state_dict(state["net"])
-            self.ema.ema.load_state_dict(state["ema"])
-            self.ema.updates = state["updates"]
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.best_fitness, self.fitness, self.losses, self.spent = state["best"], state["fitness"], state["losses"], state["seconds"]
-            self.stopper.best_fitness, self.stopper.best_epoch, self.stopper.possible_stop = state["stopper"]
-            if RANK in (-1, 0) and state["csv"]: self.csv.write_text(state["csv"])
-
-        def take_up(self) -> None:
-            "The last moment before the loop: the order of the images, the mosaics, and when the optimiser steps."
-            per_epoch, state = len(self.train_loader), self.resumed
-            if state is None: return
-            closing = max(self.epochs - self.args.close_mosaic, 0) if self.args.close_mosaic else self.epochs
-            _forward(self.train_loader, per_epoch * min(self.start_epoch, closing))
-            if self.start_epoch > closing:
-                self._close_dataloader_mosaic()
-                self.train_loader.reset()
-                _forward(self.train_loader, per_epoch * (self.start_epoch - closing))
-                self.args.close_mosaic = 0  # done
-            _pool(self.train_loader.dataset, state["pool"])
-            self.nominal, self.last_step, self.behind = state["nominal"], state["last_step"], state["last_step"] + 1
-
-        def take_up_epoch(self) -> None:
-            "The first moment in the loop: what ultralytics sets to zero before it."
-            self.batches_done = len(self.train_loader) * self.epoch
-            state, self.resumed = self.resumed, None
-            if state is None: return
-            for name, p in unwrap_model(self.model).named_parameters(): p.grad = state["gradients"][name].to(p) if name in state["gradients"] else None
-            if RANK in (-1, 0): _set_generators(state["generators"])  # other processes draw anew
-
-        def count_batch(self) -> None: self.batches_done += 1
-
-        def end_epoch(self) -> None:
-            self.losses.append(sum(float(part) for part in self.tloss.values()))
-            if not math.isfinite(self.losses[-1]):
-                raise CafError(f"the loss is {self.losses[-1]} in epoch {len(self.losses)}", remedy="Lower the learning rate (lr0=...)")
-            self.bar.update()
-            if self.writer:
-                self.writer.scalars(self.epoch + 1, detector__loss=self.losses[-1], detector__lr=self.optimizer.param_groups[0]["lr"],
-                                    **{f"detector__{name}": float(part) for name, part in self.tloss.items()})
-                self.writer.grid(self.epoch + 1, "training images", [self.seen])
-                self.seen = None
-
-    return Trainer
-
-def _plain(value: Any) -> float | None: return None if value is None else float(value)
-
-def _boxed(batch: dict[str, Tensor]) -> list[Tensor]:
-    "The first images of a batch of ultralytics with their boxes drawn."
-    n, (h, w) = min(4, len(batch["img"])), batch["img"].shape[-2:]
-    cx, cy, bw, bh = (batch["bboxes"].cpu() * torch.tensor([w, h, w, h])).unbind(1)
-    corners = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], 1)
-    index = batch["batch_idx"].cpu()
-    images = batch["img"][:n].detach().float().cpu().clamp(0, 1)
-    return [draw_bounding_boxes(image, corners[index == i], colors="yellow") if (index == i).any() else image for i, image in enumerate(images)]
-
-# %% ../../nbs/lib/23_detector_training.ipynb #afbc23c6
-def _run_trainer(detector: Detector,
-                 options: dict[str, Any], # of ultralytics
-                 kind: type,              # what `_trainer_class` made
-                 select_best: bool,
-) -> tuple[Path, list[float], float]:     # the checkpoint, the loss of each epoch, and the seconds of runs before this one
-    "Run the trainer of ultralytics, starting at the weights of `detector`."
-    trainer = kind(overrides=options)
-    trainer.model = trainer.get_model(cfg=detector.net.yaml, weights=detector.net, verbose=False)
-    trainer.resume = trainer.ddp  # for several cards ultralytics would delete the folder otherwise
-    trainer.train()
-    course = json.loads((trainer.save_dir/"losses.json").read_text())
-    return trainer.best if select_best else trainer.last, course["losses"], course["before"]
-
-def _account(detector: Detector, data: Path, settings: DetectorSettings, size: int, seed: int, select_best: bool, recipe: dict[str, Any]) -> dict[str, str]:
-    "What a state has to belong to."
-    images = sum(1 for _ in _split_folder(data, "train", detector.classes).iterdir())
-    about = {"training": "detector", "start": fingerprint(detector.net), "images": images, "size": size, "seed": seed, "select_best": select_best}
-    return {name: str(value) for name, value in (about | settings.model_dump() | recipe).items()}
+# %% ../../nbs/lib/23_detector_training.ipynb #8a3bbfca
+def _options(detector: Detector, data: Path, settings: DetectorSettings, size: int, out: Path, seed: int,
+             device: str | torch.device,
+             select_best: bool, keep: bool) -> dict[str, Any]:
+    "The options of a training with ultralytics."
+    card = find_device(str(device).split(",")[0]).type == "cuda"
+    half = "bf16" if card and torch.cuda.is_bf16_supported(including_emulation=False) else False
+    return _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml",
+                     epochs=settings.epochs, nbs=settings.nominal_batch, seed=seed, deterministic=True, amp=half,
+                     patience=settings.patience, val=select_best, save=keep)
 
 # %% ../../nbs/lib/23_detector_training.ipynb #72d763db
 def finetune_detector(detector: Detector,                  # where it starts; takes over the result
@@ -364,26 +415,28 @@ def finetune_detector(detector: Detector,                  # where it starts; ta
                       device: str | torch.device = "auto", # "0,1": two cards
                       select_best: bool = False,           # keep the epoch that is best on val, instead of the last
                       progress: bool = True,               # show a bar
-                      folder: str | Path | None = None,    # where the state is kept (detector.pt); a training that finds one there goes on from it
+                      folder: str | Path | None = None,    # where the state is kept (detector.pt) and resumed from
                       save_every: int = 1,                 # epochs between two states
                       log: str | Path | None = None,       # folder for TensorBoard
-                      **recipe,                            # options of ultralytics, such as mosaic=0.0
+                      **recipe: Any,                       # options of ultralytics, such as mosaic=0.0
 ) -> DetectorResult:
     """Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Deterministic for a seed on one CPU, and resumable to the bit.
     Raises `CafError` on unusable folders and on a state of another training."""
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
-    if settings.patience and not select_best: raise CafError("patience counts epochs without a better score on val", remedy="Give select_best=True with it")
-    own = select_best or folder is None  # with a state of ours, the checkpoint that they write after each epoch is of no use
-    half = "bf16" if find_device(str(device).split(",")[0]).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else False
-    options = _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml", epochs=settings.epochs,
-                        nbs=settings.nominal_batch, seed=seed, deterministic=True, amp=half, patience=settings.patience, val=select_best, save=own) | recipe
+    if settings.patience and not select_best:
+        raise CafError("patience counts epochs without a better score on val", remedy="Give select_best=True with it")
     file = Path(folder).resolve()/"detector.pt" if folder is not None else None
-    about = _account(detector, data, settings, size, seed, select_best, recipe) if file else {}
-    read_state(file, about)  # a foreign one is refused before anything is built
+    images = sum(1 for _ in _split_folder(data, "train", detector.classes).iterdir())
+    about = account("detector", start=fingerprint(detector.net), images=images, size=size, seed=seed,
+                    select_best=select_best,
+                    **(settings.model_dump() | recipe)) if file else {}
+    read_state(file, about)  # another training's is refused before anything is built
+    options = _options(detector, data, settings, size, out, seed, device, select_best, keep=select_best or file is None)
     with contained_ultralytics(), _their_errors(data):
-        kind = _trainer_class(select_best, file, about, save_every, Path(log).resolve() if log is not None else None, progress)
-        checkpoint, losses, before = _run_trainer(detector, options, kind, select_best)
+        kind = _trainer_class(_Given(select_best, file, about, save_every,
+                                     Path(log).resolve() if log is not None else None, progress))
+        checkpoint, losses, before = _run_trainer(detector, options | recipe, kind, select_best)
     provenance = f"{detector.model} from {detector.provenance}, {len(losses)} epochs (seed {seed})"
     detector.load(checkpoint)
     detector.eval().provenance = provenance

@@ -6,8 +6,6 @@
 __all__ = ['FixedLoss', 'caf_recipe', 'train_fusion']
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #40dde194
-import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,37 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm import tqdm
 
 from ..config import FusionSettings
-from ..core import CafError, seeded
+from ..core import CafError
 from ..data import Scene, collate, luma
-from caf_nb.loop import (
-    Engine, History, Log, fingerprint, load_loose_state, loose_state, read_state, spelled, stalled,
-    write_state,
-)
+from ..loop import Engine, History, Log, ModuleState, Order, Training, describe, descend_in_parts, epoch_means
+from ..loop import fingerprint, play, seeded_process, stalled
 from ..zoo import Objective, Recipe
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #eac61e9e
 class FixedLoss(Objective):
     "A loss space with fixed weights beta."
 
-    def __init__(self, space: Callable, # LossSpace: space(fused, ir, vi, beta) -> scalar
-                 beta: Tensor,          # (15,) weights in the order of TERMS
+    def __init__(self, space: Callable[..., Tensor], # LossSpace: space(fused, ir, vi, beta) -> scalar
+                 beta: Tensor,                       # (15,) weights in the order of TERMS
     ):
         super().__init__()
         self.space = space
         self.register_buffer("beta", beta.detach())
 
-    def forward(self, net: nn.Module, ir: Tensor, vi: Tensor) -> Tensor: return self.space(net(ir, vi), ir, vi, self.beta)
-    def extra_repr(self) -> str: return str(getattr(self.space, "variant", ""))  # tells a state of one variant from that of another
+    def forward(self, net: nn.Module, ir: Tensor, vi: Tensor) -> Tensor:
+        return self.space(net(ir, vi), ir, vi, self.beta)
+    def extra_repr(self) -> str: return str(getattr(self.space, "variant", ""))  # for the fingerprint of a state
 
-def caf_recipe(space: Callable,          # LossSpace
-               beta: Tensor,             # (15,) weights in the order of TERMS
-               settings: FusionSettings, # epochs, batch size, learning rate of Adam, crop
+def caf_recipe(space: Callable[..., Tensor], # LossSpace
+               beta: Tensor,                 # (15,) weights in the order of TERMS
+               settings: FusionSettings,     # epochs, batch size, learning rate of Adam, crop
 ) -> Recipe:
     "The paper's training, for any network."
-    return Recipe(partial(FixedLoss, space, beta), partial(torch.optim.Adam, lr=settings.lr), settings.epochs, settings.batch_size, settings.crop)
+    adam = partial(torch.optim.Adam, lr=settings.lr)
+    return Recipe(partial(FixedLoss, space, beta), adam, settings.epochs, settings.batch_size, settings.crop)
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #a298148a
 def _cropped(ir: Tensor,       # (B,1,H,W)
@@ -55,11 +52,13 @@ def _cropped(ir: Tensor,       # (B,1,H,W)
              generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:    # (B,1,side,side); a scene smaller than that keeps its height or width
     "A random square of each pair."
-    full = tuple(ir.shape[-2:])
-    h, w = (min(side or n, n) for n in full)
-    if (h, w) == full: return ir, vi
-    tops, lefts = (torch.randint(n - kept + 1, (len(ir),), generator=generator).tolist() for n, kept in zip(full, (h, w)))
-    return tuple(torch.stack([x[:, t:t + h, l:l + w] for x, t, l in zip(images, tops, lefts)]) for images in (ir, vi))
+    height, width = ir.shape[-2:]
+    h, w = min(side or height, height), min(side or width, width)
+    if (h, w) == (height, width): return ir, vi
+    tops, lefts = (torch.randint(n + 1, (len(ir),), generator=generator).tolist() for n in (height - h, width - w))
+    def cut(images: Tensor) -> Tensor:
+        return torch.stack([x[:, t:t + h, l:l + w] for x, t, l in zip(images, tops, lefts)])
+    return cut(ir), cut(vi)
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #a7388494
 class _Half(nn.Module):
@@ -77,7 +76,7 @@ class _Half(nn.Module):
         except AttributeError: return getattr(super().__getattr__("net"), name)
 
 class _Loss(nn.Module):
-    "Network and objective as one module, so that several processes share the gradients of whatever the optimiser moves."
+    "Network and objective as one module, so that several processes share all gradients."
 
     def __init__(self, net: nn.Module, objective: Objective, engine: Engine):
         super().__init__()
@@ -89,171 +88,140 @@ class _Loss(nn.Module):
 class _Stage:
     "One stage of a recipe, under way."
 
-    def __init__(self, net: nn.Module, scenes: Sequence[Scene], recipe: Recipe, generator: torch.Generator, engine: Engine, keep: bool):
-        self.net, self.scenes, self.recipe, self.generator, self.engine = net, scenes, recipe, generator, engine
-        self.random = engine.random()  # what the objective is made of
+    def __init__(self, net: nn.Module, n: int, recipe: Recipe, generator: torch.Generator, engine: Engine,
+                 resumable: bool):
+        self.recipe, self.engine = recipe, engine
+        self.made_of = engine.random()
         self.objective = engine.place(recipe.objective())
-        self.made = {name: t.detach().clone() for name, t in self.objective.state_dict().items()} if keep else {}
-        self.print = fingerprint(self.objective) if keep else ""
+        self.fingerprint = fingerprint(self.objective) if resumable else ""
         self.optimizer = recipe.optimizer(self.objective.trained(net))
         self.schedule = recipe.schedule and recipe.schedule(self.optimizer)
-        self.whole = _Loss(net, self.objective, engine)
-        self.loss = engine.prepare(self.whole)
-        self.losses, self.epoch, self.left = [], 0, torch.empty(0, dtype=torch.long)
+        self.order, self.losses = Order(n, recipe.batch_size, generator), []
+        self.module = _Loss(net, self.objective, engine)
+        self.loss = engine.prepare(self.module)
+        parts = {"net": ModuleState(net), "objective": ModuleState(self.objective, changed_only=resumable),
+                 "order": self.order,
+                 "optimizer": self.optimizer, "schedule": self.schedule, "scaler": engine.scaler}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         if engine.processes > 1 and type(self.objective).before_step is not Objective.before_step:
-            raise CafError(f"{type(self.objective).__name__} trains a player of its own", remedy="Train it in one process")
+            raise CafError(f"{type(self.objective).__name__} trains a player of its own",
+                           remedy="Train it in one process")
 
-    @property
-    def epoch_steps(self) -> int: return math.ceil(len(self.scenes) / self.recipe.batch_size)
+    def finished(self, patience: int) -> bool:
+        over = len(self.losses) == self.recipe.epochs * self.order.steps
+        return over or stalled(self.losses, self.order.steps, patience)
 
-    @property
-    def means(self) -> list[float]:
-        "The mean loss of each epoch that is over."
-        return [sum(self.losses[i:i + self.epoch_steps]) / self.epoch_steps for i in range(0, self.epoch * self.epoch_steps, self.epoch_steps)]
+# %% ../../nbs/lib/22_fusion_training.ipynb #397d48b7
+def _step(stage: _Stage, scenes: Sequence[Scene]) -> float: # the loss
+    "One step on the next batch."
+    steps, engine = stage.order.steps, stage.engine
+    batch = collate([scenes[i] for i in next(stage.order)]).to(engine.where)
+    ir, vi = _cropped(batch.ir, luma(batch.vi), stage.recipe.crop, stage.order.generator)
+    stage.objective.epoch, stage.objective.step = len(stage.losses) // steps, len(stage.losses)
+    stage.objective.before_step(stage.module.net, ir, vi)
+    def loss(chosen: Tensor) -> Tensor:
+        return stage.loss(ir, vi) if len(chosen) == len(ir) else stage.loss(ir[chosen], vi[chosen])
+    stage.losses.append(descend_in_parts(engine, stage.loss, loss, len(ir), stage.optimizer, len(stage.losses) + 1))
+    if stage.schedule and len(stage.losses) % steps == 0:
+        if isinstance(stage.schedule, ReduceLROnPlateau): stage.schedule.step(epoch_means(stage.losses, steps)[-1])
+        else: stage.schedule.step()
+    return stage.losses[-1]
 
-    def finished(self, patience: int) -> bool: return self.epoch == self.recipe.epochs or not len(self.left) and stalled(self.means, patience)
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        "The next pairs: ir and the luminance of vi, on the device."
-        if not len(self.left): self.left = torch.randperm(len(self.scenes), generator=self.generator)
-        chosen, self.left = self.left[:self.recipe.batch_size], self.left[self.recipe.batch_size:]
-        batch = collate([self.scenes[i] for i in chosen.tolist()]).to(self.engine.where)
-        return _cropped(batch.ir, luma(batch.vi), self.recipe.crop, self.generator)
-
-    def step(self) -> float: # the loss
-        "One step of the network, after those of the objective's own players."
-        ir, vi = self.batch()
-        self.objective.epoch, self.objective.step = self.epoch, len(self.losses)
-        self.objective.before_step(self.whole.net, ir, vi)
-        def loss(chosen): return self.loss(ir, vi) if len(chosen) == len(ir) else self.loss(ir[chosen], vi[chosen])
-        self.losses.append(self.engine.descend(self.loss, loss, self.engine.parts(len(ir)), self.optimizer, len(self.losses) + 1))
-        if not len(self.left): self.end_epoch()
-        return self.losses[-1]
-
-    def end_epoch(self) -> None:
-        self.epoch += 1
-        if isinstance(self.schedule, ReduceLROnPlateau): self.schedule.step(self.means[-1])
-        elif self.schedule: self.schedule.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        moved = {name: t for name, t in self.objective.state_dict().items() if not torch.equal(t, self.made[name])}
-        return {"net": self.net.state_dict(), "held": loose_state(self.net), "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule and self.schedule.state_dict(), "scaler": self.engine.scaler.state_dict(),
-                "objective": moved, "players": loose_state(self.objective), "print": self.print, "made_of": self.random,
-                "losses": torch.tensor(self.losses, dtype=torch.float64), "epoch": self.epoch, "left": self.left.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"]); load_loose_state(self.net, state["held"])
-        self.objective.load_state_dict(state["objective"], strict=False); load_loose_state(self.objective, state["players"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule: self.schedule.load_state_dict(state["schedule"])
-        self.engine.scaler.load_state_dict(state["scaler"])
-        self.losses, self.epoch, self.left = state["losses"].tolist(), state["epoch"], state["left"]
+# %% ../../nbs/lib/22_fusion_training.ipynb #49eb8f09
+def _account(stages: Sequence[Recipe]) -> dict[str, str]:
+    "Every number of a recipe, by stage."
+    def line(s: Recipe) -> str:
+        functions = ", ".join(map(describe, (s.optimizer, s.schedule, s.objective)))
+        return f"{s.epochs} epochs of batches of {s.batch_size}, crop {s.crop}, {functions}"
+    return {f"stage {i}": line(s) for i, s in enumerate(stages, 1)}
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #437c916e
-def _account(net: nn.Module, scenes: Sequence[Scene], stages: Sequence[Recipe], seed: int, engine: Engine, patience: int) -> dict[str, str]:
-    "What a state has to belong to."
-    def line(s):
-        return f"{s.epochs} epochs of batches of {s.batch_size}, crop {s.crop}, {', '.join(map(spelled, (s.optimizer, s.schedule, s.objective)))}"
-    about = {"training": "fusion", "network": type(net).__name__, "start": fingerprint(net), "scenes": len(scenes), "seed": seed,
-             "accumulate": engine.accumulate, "processes": engine.processes, "patience": patience}
-    return {name: str(value) for name, value in about.items()} | {f"stage {i}": line(s) for i, s in enumerate(stages, 1)}
+class _Training(Training):
+    "The stages of `train_fusion`."
 
-class _Training:
-    "The stages of `train_fusion`, what is kept of them, and where."
+    def __init__(self, net: nn.Module, scenes: Sequence[Scene], stages: Sequence[Recipe], known: dict[str, Any],
+                 engine: Engine, resumable: bool):
+        super().__init__("fusion", engine.where, engine)
+        self.net, self.scenes, self.stages, self.known, self.resumable = net, scenes, stages, known, resumable
+        self.total = sum(s.epochs * -(-len(scenes) // s.batch_size) for s in stages)
+        self.generator = torch.Generator().manual_seed(known["seed"])
 
-    def __init__(self, net: nn.Module, scenes: Sequence[Scene], stages: Sequence[Recipe], seed: int, engine: Engine, file: Path | None, patience: int):
-        self.net, self.scenes, self.stages, self.engine, self.file, self.patience = net, scenes, stages, engine, file, patience
-        self.about = _account(net, scenes, stages, seed, engine, patience) if file else {}
-        self.generator, self.start = torch.Generator().manual_seed(seed), time.perf_counter()
-        self.index, self.before, self.spent = 0, [], 0.
-        state = read_state(file, self.about)
-        self.stage = None
-        if state: self.load(state)
-        else: self.stage = self.begin()
-        self.advance()
+    def about(self) -> dict[str, Any]: return self.known | {"start": fingerprint(self.net)}
+    def parts(self) -> dict[str, Any]: return self.stage.parts
 
-    def begin(self) -> _Stage: return _Stage(self.net, self.scenes, self.stages[self.index], self.generator, self.engine, self.file is not None)
+    def begin(self, index: int = 0) -> None:
+        self.index, self.stage = index, _Stage(self.net, len(self.scenes), self.stages[index], self.generator,
+                                               self.engine, self.resumable)
+        self.next_stage()
+
+    def next_stage(self) -> None:
+        if self.finished and self.index + 1 < len(self.stages): self.begin(self.index + 1)
 
     @property
-    def losses(self) -> list[float]: return self.before + self.stage.losses
-    @property
-    def seconds(self) -> float: return self.spent + time.perf_counter() - self.start
-    @property
-    def finished(self) -> bool: return self.stage.finished(self.patience)
+    def finished(self) -> bool: return self.stage.finished(self.known["patience"])
 
-    def advance(self) -> None:
-        "Begin the next stage where one is over."
-        while self.finished and self.index + 1 < len(self.stages):
-            self.before, self.index, self.stage = self.losses, self.index + 1, None
-            self.stage = self.begin()
+    def step(self) -> None:
+        self.losses.append(_step(self.stage, self.scenes))
+        self.next_stage()
 
-    def step(self) -> float: # the loss
-        loss = self.stage.step()
-        self.advance()
-        return loss
+    def state_dict(self) -> dict[str, Any]:
+        stage = self.stage
+        return super().state_dict() | {"stage": self.index, "steps": len(stage.losses), "made_of": stage.made_of,
+                                       "made": stage.fingerprint}
 
-    def save(self) -> None:
-        state = {"stage": self.stage.state_dict(), "index": self.index, "before": torch.tensor(self.before, dtype=torch.float64),
-                 "generator": self.generator.get_state(), "random": self.engine.random(), "seconds": self.seconds}
-        if self.engine.main: write_state(self.file, self.about, **state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.set_random(state["made_of"])
+        self.begin(state["stage"])
+        if self.stage.fingerprint != state["made"]:
+            raise CafError("belongs to another training: the objective has other weights, or a network of its own with others",
+                           remedy="Choose another folder, or delete the file to start anew")
+        super().load_state_dict(state)
+        self.stage.losses = self.losses[len(self.losses) - state["steps"]:]
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.index, self.before, self.spent = state["index"], state["before"].tolist(), state["seconds"]
-        self.engine.set_random(state["stage"]["made_of"])
-        self.stage = self.begin()
-        if self.stage.print != state["stage"]["print"]:
-            raise CafError("belongs to another training: the objective has other weights, or a network of its own with others", self.file,
-                           "Choose another folder, or delete the file to start anew")
-        self.stage.load_state_dict(state["stage"])
-        self.generator.set_state(state["generator"])
-        self.engine.set_random(state["random"])
+    def show(self, log: Log) -> None:
+        log.scalars(len(self.losses), fusion__loss=self.losses[-1],
+                    fusion__lr=self.stage.optimizer.param_groups[0]["lr"])
+        if len(self.stage.losses) % self.stage.order.steps == 0:
+            _draw(log, self.net, self.scenes, self.where, len(self.losses))
 
-# %% ../../nbs/lib/22_fusion_training.ipynb #67878585
+# %% ../../nbs/lib/22_fusion_training.ipynb #3e6ed8dc
 @torch.no_grad()
-def _show(log: Log, net: nn.Module, scenes: Sequence[Scene], where: torch.device, step: int) -> None:
-    "Rows of ir, vi and fused. The network is in evaluation mode for it, and draws nothing."
+def _draw(log: Log, net: nn.Module, scenes: Sequence[Scene], where: torch.device, step: int) -> None:
+    "Rows of ir, vi and fused."
     net.eval()
     batch = collate([scenes[i] for i in range(min(4, len(scenes)))]).to(where)
     vi = luma(batch.vi)
     log.grid(step, "ir, vi, fused", list(zip(batch.ir, vi, net(batch.ir, vi))))
     net.train()
 
-def train_fusion(net: nn.Module,                     # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
+# %% ../../nbs/lib/22_fusion_training.ipynb #67878585
+# (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
+def train_fusion(net: nn.Module,
                  scenes: Sequence[Scene],            # of one size; a list, if making a scene is slow
                  recipe: Recipe | Sequence[Recipe],  # stages in order: `caf_recipe(...)`, or the `recipe` of a `Method`
                  seed: int = 0,                      # of the batch order, and of what the objectives draw
                  progress: bool = True,              # show a bar
-                 folder: str | Path | None = None,   # where the state is kept (fusion.pt); a training that finds one there goes on from it
+                 folder: str | Path | None = None,   # where the state is kept (fusion.pt) and resumed from
                  save_every: int = 50,               # steps between two states
-                 accumulate: int = 1,                # parts in which a batch is computed, where a whole one does not fit into memory
-                 patience: int = 0,                  # a stage ends after so many epochs without a lower mean loss; 0: never
+                 # parts in which a batch is computed, where a whole one does not fit into memory
+                 accumulate: int = 1,
+                 # a stage ends after so many epochs without a lower mean loss; 0: never
+                 patience: int = 0,
                  log: str | Path | None = None,      # folder for TensorBoard
 ) -> History:
     """Train a fusion network, on the device where it is. Deterministic for a seed on one CPU, and resumable to the bit.
     Raises `CafError` on an empty set, without a recipe, and on a state of another training, and `NotFinite` on a loss that is not finite."""
-    if not len(scenes): raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
+    if not len(scenes):
+        raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
     stages = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
-    if not stages: raise CafError("there is no recipe to follow", remedy="Use caf_recipe; this method has none of its own")
+    if not stages: raise CafError("there is no recipe to follow",
+                                  remedy="Use caf_recipe; this method has none of its own")
     engine = Engine(next(net.parameters()).device, accumulate)
     engine.place(net).train()
-    with seeded(seed):
-        if engine.rank: torch.manual_seed(seed + engine.rank)  # processes draw different numbers for different images
-        training = _Training(net, scenes, stages, seed, engine, Path(folder)/"fusion.pt" if folder is not None else None, patience)
-        with Log(log if engine.main else None, len(training.losses) + 1) as log: _play(training, save_every, progress, log)
+    known = {"network": type(net).__name__, "scenes": len(scenes), "seed": seed, "accumulate": accumulate,
+             "processes": engine.processes, "patience": patience} | _account(stages)
+    with seeded_process(seed, engine):
+        training = _Training(net, scenes, stages, known, engine, folder is not None)
+        history = play(training, folder, save_every, progress, log)
     net.eval()
-    return History(training.losses, training.seconds)
-
-def _play(training: _Training, save_every: int, progress: bool, log: Log) -> None:
-    "Step after step to the end."
-    done, shown = len(training.losses), progress and training.engine.main
-    total = done if training.finished else sum(s.epochs * math.ceil(len(training.scenes) / s.batch_size) for s in training.stages)
-    with tqdm(total=total, initial=done, desc="fusion", disable=not shown) as bar:
-        while not training.finished:
-            loss = training.step()
-            done += 1
-            if training.file and (done % save_every == 0 or training.finished): training.save()
-            log.scalars(done, fusion__loss=loss, fusion__lr=training.stage.optimizer.param_groups[0]["lr"])
-            if log and not len(training.stage.left): _show(log, training.net, training.scenes, training.engine.where, done)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update()
+    return history

@@ -6,20 +6,51 @@
 __all__ = ['train_joint']
 
 # %% ../../nbs/lib/25_joint.ipynb #b61a4b03
-import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..config import FusionSettings
 from ..core import CafError, seeded
-from ..data import Scene, batches, luma
+from ..data import Scene, collate, luma
 from ..hypergradient import task_loss
-from ..loop import History, descend
+from ..loop import History, ModuleState, Order, Training, descend, fingerprint, play
 from ..losses import LossSpace
 from ..tasks import Task
+
+# %% ../../nbs/lib/25_joint.ipynb #026f313e
+class _Joint(Training):
+    "The joint training of fusion and task network."
+
+    def __init__(self, net: nn.Module, task: Task, loss: LossSpace, beta: Tensor, scenes: Sequence[Scene], epochs: int,
+                 weight: float,
+                 order: Order, optimizer: torch.optim.Optimizer, known: dict[str, Any]):
+        super().__init__("joint", next(net.parameters()).device)
+        self.net, self.task, self.space, self.beta, self.scenes, self.weight = net, task, loss, beta.to(
+            self.where), scenes, weight
+        self.order, self.optimizer, self.known, self.total = order, optimizer, known, epochs * order.steps
+
+    @property
+    def finished(self) -> bool: return len(self.losses) == self.total
+
+    def about(self) -> dict[str, Any]:
+        return self.known | {kind: fingerprint(m) for kind, m in (("network", self.net), ("task", self.task))
+                             if isinstance(m, nn.Module)}
+
+    def parts(self) -> dict[str, Any]:
+        return {"net": ModuleState(self.net), "task": ModuleState(self.task), "order": self.order,
+                "optimizer": self.optimizer}
+
+    def step(self) -> None:
+        batch = collate([self.scenes[i] for i in next(self.order)]).to(self.where)
+        vi = luma(batch.vi)
+        fused = self.net(batch.ir, vi)
+        loss = self.space(fused, batch.ir, vi, self.beta) + self.weight * task_loss(self.task, lambda ir, vi: fused,
+                                                                                    batch)
+        self.losses.append(descend(loss, self.optimizer, len(self.losses) + 1, "the joint loss"))
 
 # %% ../../nbs/lib/25_joint.ipynb #6a48469d
 def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
@@ -32,20 +63,23 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
                 lr_task: float = 1e-4,    # Adam for omega_t
                 seed: int = 0,            # of the batch order, and of what the task draws
                 progress: bool = True,    # show a bar
+                folder: str | Path | None = None,   # where the state is kept (joint.pt) and resumed from
+                save_every: int = 50,     # steps between two states
 ) -> History:
-    "Train fusion and task network on L_f + mu L_t. Raises `CafError` on an empty set and a negative `weight`, `NotFinite` on a loss that is not finite."
-    if not len(scenes): raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
+    """Train fusion and task network on L_f + mu L_t. Deterministic for a seed on one CPU, and resumable to the bit.
+    Raises `CafError` on an empty set, a negative `weight` and a state of another training, `NotFinite` on a loss that is not finite."""
+    if not len(scenes):
+        raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
     if weight < 0: raise CafError(f"the weight of the task loss is {weight}", remedy="Choose 0 or more")
-    losses, start, generator, where = [], time.perf_counter(), torch.Generator().manual_seed(seed), next(net.parameters()).device
-    optimizer = torch.optim.Adam([{"params": net.parameters(), "lr": settings.lr}, {"params": task.parameters(), "lr": lr_task}])
+    adam = torch.optim.Adam([{"params": net.parameters(), "lr": settings.lr},
+                             {"params": task.parameters(), "lr": lr_task}])
+    known = {"scenes": len(scenes), "seed": seed, "weight": weight, "lr_task": lr_task,
+             "variant": getattr(space, "variant", ""),
+             "beta": beta.tolist(), "settings": settings}
     net.train()
     with seeded(seed):
-        for epoch in tqdm(range(settings.epochs), desc="joint", disable=not progress):
-            for batch in batches(scenes, settings.batch_size, generator):
-                batch = batch.to(where)
-                vi = luma(batch.vi)
-                fused = net(batch.ir, vi)
-                total = space(fused, batch.ir, vi, beta.to(where)) + weight * task_loss(task, lambda ir, vi: fused, batch)
-                losses.append(descend(total, optimizer, len(losses) + 1, "the joint loss"))
+        order = Order(len(scenes), settings.batch_size, torch.Generator().manual_seed(seed))
+        history = play(_Joint(net, task, space, beta, scenes, settings.epochs, weight, order, adam, known), folder,
+                       save_every, progress)
     net.eval()
-    return History(losses, time.perf_counter() - start)
+    return history

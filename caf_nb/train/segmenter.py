@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import SegmenterSettings
-from ..core import CafError, seeded
+from ..core import CafError
 from ..data import read_image, write_png
-from ..loop import Engine, Log, filling, fingerprint, read_state, stalled, write_state
+from ..loop import Engine, Log, Order, Training, descend_in_parts, fingerprint, play, seeded_process, stalled, writing_folder
 from ..tasks import Segmenter
 from .detector import _split_folders
 
@@ -27,7 +27,7 @@ from .detector import _split_folders
 def write_mask_folder(root: str | Path,         # made if absent
                       split: str,               # "train", "val" or "test"
                       images: Sequence[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
-                      masks: Sequence[Tensor],  # (H,W) class index; 255: does not count
+                      masks: Sequence[Tensor],  # (H,W) class index; 255: unlabelled, ignored
                       stems: Sequence[str],     # file names without extension
 ) -> None:
     "Write one split of images and class masks. Raises `CafError` on a folder with other pictures."
@@ -36,6 +36,7 @@ def write_mask_folder(root: str | Path,         # made if absent
         write_png(pictures/f"{stem}.png", image)
         write_png(labels/f"{stem}.png", mask[None].to(torch.uint8))
 
+# %% ../../nbs/lib/24_segmenter_training.ipynb #fbe8e50d
 class MaskFolder(Sequence):
     "One split that `write_mask_folder` wrote: pairs of image (3,H,W) in [0,1] and mask (H,W), sorted by stem."
 
@@ -58,13 +59,14 @@ class SegmentationScores(NamedTuple):
     miou: float           # mean of `iou` over the classes in the split
     macc: float           # mean of `acc` likewise
 
-def _stacked(pairs: Sequence[tuple[Tensor, Tensor]], chosen: Sequence[int], where: torch.device) -> tuple[Tensor, Tensor]:
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor]], chosen: Sequence[int], where: torch.device) -> tuple[Tensor,
+                                                                                                          Tensor]:
     "A batch of images (B,3,H,W) and masks (B,H,W)."
     images, masks = zip(*(pairs[i] for i in chosen))
     return torch.stack(images).to(where), torch.stack(masks).to(where)
 
 def _segmentation_metrics(n: int,      # classes
-                          ignore: int, # label that does not count
+                          ignore: int, # label of unlabelled pixels
 ) -> nn.Module:                        # a MetricCollection with "iou", "acc" (n,) and "counts" (n,n), rows: true class
     "IoU, accuracy and confusion matrix of torchmetrics, which imports a lot and is therefore imported here."
     from torchmetrics import MetricCollection
@@ -101,11 +103,70 @@ def _segmenter_optimizer(net: nn.Module, # SegFormer of transformers
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         groups.setdefault(("decode_head" in name, "norm" in name), []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": params, "lr": lr * (10 if head else 1), "weight_decay": 0. if norm else 0.01}
+    optimizer = torch.optim.AdamW([{"params": params, "lr": lr * (10 if head else 1),
+                                    "weight_decay": 0. if norm else 0.01}
                                    for (head, norm), params in groups.items()], betas=(0.9, 0.999))
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
 
 # %% ../../nbs/lib/24_segmenter_training.ipynb #3ba48184
+class _Loss(nn.Module):
+    "The loss of a segmenter as a module, so that several processes share its gradients."
+
+    def __init__(self, segmenter: Segmenter, engine: Engine):
+        super().__init__()
+        self.segmenter, self.autocast = segmenter, engine.autocast
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        with self.autocast(): return self.segmenter.loss(images, masks)
+
+# %% ../../nbs/lib/24_segmenter_training.ipynb #9ef9c915
+class _Training(Training):
+    "The fine-tuning of a segmenter."
+
+    def __init__(self, segmenter: Segmenter, pairs: Sequence[tuple[Tensor, Tensor]], s: SegmenterSettings, seed: int,
+                 engine: Engine):
+        super().__init__("segmenter", engine.where, engine)
+        self.segmenter, self.pairs, self.settings, self.seed, self.total, self.title = segmenter, pairs, s, seed, s.steps, f"segformer {s.model}"
+        self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, s.lr, s.steps)
+        self.loss = engine.prepare(_Loss(segmenter, engine))
+        self.order = Order(len(pairs), s.batch_size, torch.Generator().manual_seed(seed))
+
+    def about(self) -> dict[str, Any]:
+        return {"start": fingerprint(self.segmenter.net), "images": len(self.pairs), "seed": self.seed,
+                "processes": self.engine.processes} | self.settings.model_dump()
+
+    def parts(self) -> dict[str, Any]:
+        return {"net": self.segmenter.net, "optimizer": self.optimizer, "schedule": self.schedule,
+                "scaler": self.engine.scaler, "order": self.order}
+
+    @property
+    def finished(self) -> bool:
+        return len(self.losses) == self.total or stalled(self.losses, self.order.steps, self.settings.patience)
+
+    def step(self) -> None:
+        chosen = next(self.order)
+        mirrored = torch.rand(1, generator=self.order.generator) < 0.5
+        def loss(part: Tensor) -> Tensor:
+            images, masks = _stacked(self.pairs, [chosen[i] for i in part.tolist()], self.where)
+            return self.loss(*(x.flip(-1) if mirrored else x for x in (images, masks)))
+        self.losses.append(descend_in_parts(self.engine, self.loss, loss, len(chosen), self.optimizer,
+                                            len(self.losses) + 1))
+        self.schedule.step()
+
+    def show(self, log: Log) -> None: _show(self, log)
+
+# %% ../../nbs/lib/24_segmenter_training.ipynb #a4d5f125
+def _show(t: _Training, log: Log) -> None:
+    "The loss of every step; after each pass, rows of image, mask and answer."
+    log.scalars(len(t.losses), segmenter__loss=t.losses[-1], segmenter__lr=t.optimizer.param_groups[0]["lr"])
+    if len(t.losses) % t.order.steps: return
+    images, masks = _stacked(t.pairs, range(min(4, len(t.pairs))), t.where)
+    answers, n = t.segmenter.predict(images), len(t.segmenter.classes)
+    rows = [(image, *(x[None].clamp(max=n) / n for x in (mask, found)))
+            for image, mask, found in zip(images, masks, answers)]
+    log.grid(len(t.losses), "image, mask, found", rows)
+
+# %% ../../nbs/lib/24_segmenter_training.ipynb #3be03c20
 class SegmenterResult(NamedTuple):
     "A fine-tuned segmenter: how good, from where, how long."
     iou: dict[str, float]    # class -> IoU on the test split; nan: no pixel of the split has it
@@ -117,112 +178,29 @@ class SegmenterResult(NamedTuple):
     provenance: str          # the network, its start, and the steps
     seconds: float           # of training and test together
 
-class _Loss(nn.Module):
-    "The loss of a segmenter as a module, so that several processes share its gradients."
-
-    def __init__(self, segmenter: Segmenter, engine: Engine):
-        super().__init__()
-        self.segmenter, self.autocast = segmenter, engine.autocast
-
-    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
-        with self.autocast(): return self.segmenter.loss(images, masks)
-
-class _Training:
-    "The fine-tuning of a segmenter, under way."
-
-    def __init__(self, segmenter: Segmenter, pairs: Sequence[tuple[Tensor, Tensor]], settings: SegmenterSettings, seed: int,
-                 engine: Engine, file: Path | None):
-        self.segmenter, self.pairs, self.settings, self.engine, self.file = segmenter, pairs, settings, engine, file
-        self.about = self.account(seed) if file else {}
-        self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, settings.lr, settings.steps)
-        self.loss = engine.prepare(_Loss(segmenter, engine))
-        self.generator = torch.Generator().manual_seed(seed)  # decides order and mirroring
-        self.losses, self.left, self.spent, self.start = [], torch.empty(0, dtype=torch.long), 0., time.perf_counter()
-        if state := read_state(file, self.about): self.load(state)
-
-    def account(self, seed: int) -> dict[str, str]:
-        "What a state has to belong to."
-        return {"training": "segmenter", "start": fingerprint(self.segmenter.net), "images": str(len(self.pairs)), "seed": str(seed),
-                "processes": str(self.engine.processes)} | {name: str(value) for name, value in self.settings.model_dump().items()}
-
-    @property
-    def seconds(self) -> float: return self.spent + time.perf_counter() - self.start
-
-    @property
-    def finished(self) -> bool:
-        n = math.ceil(len(self.pairs) / self.settings.batch_size)
-        means = [sum(self.losses[i:i + n]) / n for i in range(0, len(self.losses) - n + 1, n)]
-        return len(self.losses) == self.settings.steps or not len(self.left) and stalled(means, self.settings.patience)
-
-    def step(self) -> None:
-        "One step on the next images."
-        if not len(self.left): self.left = torch.randperm(len(self.pairs), generator=self.generator)
-        chosen, self.left = self.left[:self.settings.batch_size], self.left[self.settings.batch_size:]
-        mirrored = torch.rand(1, generator=self.generator) < 0.5
-        def loss(part):
-            images, masks = _stacked(self.pairs, chosen[part].tolist(), self.engine.where)
-            return self.loss(*(x.flip(-1) if mirrored else x for x in (images, masks)))
-        self.losses.append(self.engine.descend(self.loss, loss, self.engine.parts(len(chosen)), self.optimizer, len(self.losses) + 1))
-        self.schedule.step()
-
-    def save(self) -> None:
-        state = {"net": self.segmenter.net.state_dict(), "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                 "scaler": self.engine.scaler.state_dict(), "generator": self.generator.get_state(), "random": self.engine.random(),
-                 "losses": torch.tensor(self.losses, dtype=torch.float64), "left": self.left.clone(), "seconds": self.seconds}
-        if self.engine.main: write_state(self.file, self.about, **state)
-
-    def load(self, state: dict[str, Any]) -> None:
-        for part, name in ((self.segmenter.net, "net"), (self.optimizer, "optimizer"), (self.schedule, "schedule"), (self.engine.scaler, "scaler")):
-            part.load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
-        self.engine.set_random(state["random"])
-        self.losses, self.left, self.spent = state["losses"].tolist(), state["left"], state["seconds"]
-
-# %% ../../nbs/lib/24_segmenter_training.ipynb #a4d5f125
-def _show(log: Log, training: _Training) -> None:
-    "Rows of image, mask and answer."
-    images, masks = _stacked(training.pairs, range(min(4, len(training.pairs))), training.engine.where)
-    answers, n = training.segmenter.predict(images), len(training.segmenter.classes)
-    rows = [(image, *(x[None].clamp(max=n) / n for x in (mask, found))) for image, mask, found in zip(images, masks, answers)]
-    log.grid(len(training.losses), "image, mask, found", rows)
-
-def _play(training: _Training, save_every: int, progress: bool, log: Log) -> None:
-    "Step after step to the end."
-    settings = training.settings
-    with tqdm(total=settings.steps, initial=len(training.losses), desc=f"segformer {settings.model}", disable=not (progress and training.engine.main)) as bar:
-        while not training.finished:
-            training.step()
-            done = len(training.losses)
-            if training.file and (done % save_every == 0 or training.finished): training.save()
-            log.scalars(done, segmenter__loss=training.losses[-1], segmenter__lr=training.optimizer.param_groups[0]["lr"])
-            if log and not len(training.left): _show(log, training)
-            bar.set_postfix(loss=f"{training.losses[-1]:.4f}", refresh=False)
-            bar.update()
-
 # %% ../../nbs/lib/24_segmenter_training.ipynb #574d2edc
-def finetune_segmenter(segmenter: Segmenter,                   # trained in place, on the device where it is; left in evaluation mode
+# trained in place, on the device where it is; left in evaluation mode
+def finetune_segmenter(segmenter: Segmenter,
                        train: Sequence[tuple[Tensor, Tensor]], # image (3,H,W) in [0,1] and mask (H,W), of one size
                        test: Sequence[tuple[Tensor, Tensor]],  # likewise
                        settings: SegmenterSettings,            # steps, batch size, learning rate of AdamW
                        out: str | Path,                        # folder for the weights
                        seed: int = 0,                          # of batch order, mirroring and dropout
                        progress: bool = True,                  # show a bar
-                       folder: str | Path | None = None,       # where the state is kept (segmenter.pt); a training that finds one there goes on from it
+                       folder: str | Path | None = None,       # where the state is kept (segmenter.pt) and resumed from
                        save_every: int = 100,                  # steps between two states
                        log: str | Path | None = None,          # folder for TensorBoard
 ) -> SegmenterResult:
     """Fine-tune on fused images and score on the test split. Deterministic for a seed on one CPU, and resumable to the bit.
     Raises `CafError` on empty splits and on a state of another training, and `NotFinite` on a loss that is not finite."""
     if not len(train): raise CafError("there is no image to train on", remedy="Check the folders of the training split")
-    start, out, engine = time.perf_counter(), Path(out), Engine(next(segmenter.parameters()).device, settings.accumulate)
+    engine = Engine(next(segmenter.parameters()).device, settings.accumulate)
     engine.place(segmenter).train()
-    with seeded(seed):
-        if engine.rank: torch.manual_seed(seed + engine.rank)  # processes draw different numbers for different images
-        training = _Training(segmenter, train, settings, seed, engine, Path(folder)/"segmenter.pt" if folder is not None else None)
-        with Log(log if engine.main else None, len(training.losses) + 1) as log: _play(training, save_every, progress, log)
+    with seeded_process(seed, engine):
+        losses, seconds = play(_Training(segmenter, train, settings, seed, engine), folder, save_every, progress, log)
     segmenter.eval()
     if engine.main:
-        with filling(out) as aside: segmenter.save(aside)
-    segmenter.provenance = f"segformer {segmenter.model} from {segmenter.provenance}, {len(training.losses)} steps (seed {seed})"
-    scores = evaluate_segmenter(segmenter, test)
-    return SegmenterResult(*scores, training.losses, out, segmenter.provenance, training.spent + time.perf_counter() - start)
+        with writing_folder(out) as aside: segmenter.save(aside)
+    segmenter.provenance = f"segformer {segmenter.model} from {segmenter.provenance}, {len(losses)} steps (seed {seed})"
+    begun, scores = time.perf_counter(), evaluate_segmenter(segmenter, test)
+    return SegmenterResult(*scores, losses, Path(out), segmenter.provenance, seconds + time.perf_counter() - begun)
