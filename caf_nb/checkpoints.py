@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -208,7 +209,8 @@ def read_checkpoint(path: str | Path,
     if not path.is_file(): raise CafError("there is no such file", path, "Check the path of the weights")
     try:
         with path.open("rb") as file: head = file.read(16)
-        if head[8:9] == b"{": return Checkpoint(load_file(path), {})
+        if head[8:9] == b"{":
+            with safe_open(path, "pt") as opened: return Checkpoint(load_file(path), opened.metadata() or {})
         if head.startswith(b"PK\x03\x04"): tree, content = _read_zip(path, classes)
         elif head.startswith(_LEGACY): tree, content = _read_legacy(path, classes)
         else:

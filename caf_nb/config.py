@@ -104,6 +104,7 @@ class Profile(_Settings):
     segmenter: SegmenterSettings
     vgg: Literal["random", "slim", "imagenet"]  # behind the perceptual terms n and o, see `load_vgg`
     pretraining: PretrainSettings | None = None # None: task networks start from published or random weights
+    bundled: bool = False               # whether networks continue from the checkpoints of the package
     seeds: tuple[int, ...] = (0, 1, 2)  # of a study of claims
     methods: tuple[str, ...]            # rows of Tables 1 and 2, and of Figures 2 and 3
     ablation: tuple[str, ...]           # rows of Table 3
@@ -124,13 +125,13 @@ _ABLATION = ("umfusion", "umfusion_p", "reconet", "reconet_p", "u2fusion", "u2fu
              "caf_h", "caf_r", "caf_a", "caf")
 
 _SMOKE = Profile(
-    name="smoke", note="wiring only: these numbers show that the code runs, and nothing else",
-    data=DataSettings(source="embedded", size=64, train=16, val=8, test=12),
-    search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3, lr_task=1e-3),
-    fusion=FusionSettings(epochs=2, batch_size=4, lr=1e-3),
-    detector=DetectorSettings(model="yolov5n", epochs=3, batch_size=4, nominal_batch=4, pretrained=False),
-    segmenter=SegmenterSettings(model="tiny", steps=10, batch_size=4, lr=1e-3, pretrained=False),
-    vgg="slim", seeds=(0,), home="out", confidence=0., methods=("ir", "vi", "caf"),
+    name="smoke", note="a first look: 16 synthetic scenes",
+    data=DataSettings(source="embedded", size=96, train=16, val=8, test=12),
+    search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3),
+    fusion=FusionSettings(epochs=4, batch_size=4, lr=1e-3, crop=64),
+    detector=DetectorSettings(model="yolov5n", epochs=4, batch_size=4, nominal_batch=4, pretrained=False),
+    segmenter=SegmenterSettings(model="tiny", steps=20, batch_size=4, lr=3e-4, pretrained=False),
+    vgg="slim", seeds=(0,), home="out", bundled=True, methods=("ir", "vi", "caf"),
     ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("umfusion", "reconet", "u2fusion"))
 
 # %% ../nbs/lib/01_config.ipynb #ddb38f44

@@ -27,7 +27,7 @@ from .needs import Need, find_needs, require
 from .sources import Data, detector_weights, fusion_blocks, segmenter_weights
 from caf_nb.stages import (
     FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
-    Search, TrainFusion, TrainJoint, Weighted, Weights, has_pictures, weights_file,
+    Search, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, has_pictures, weights_file,
 )
 
 # %% ../nbs/lib/31_rows.ipynb #b6c22c24
@@ -93,11 +93,17 @@ class _Starts(_Shared):
         if settings.pretrained:
             published = (detector_weights if task == "detection" else segmenter_weights)(settings.model)
             return Weights(file=str(published.find(self.weights_root) or Path(self.weights_root)/published.pattern))
+        if self.profile.bundled:
+            return bundled_weights(f"{settings.model}.safetensors" if task == "detection" else f"segformer-{settings.model}")
         if pretraining is None: return None
         length = {"epochs": pretraining.epochs} if task == "detection" else {"steps": pretraining.steps}
         networks = {name: value.model_copy(update=length) for name, value in self.task_network(task).items()}
         data = Data.of(HOME[task], pretraining.data, seed=_PRETRAINING_SEED)
         return Pretrain(data=data, infra=self.infra, **networks)
+
+    def fusion_start(self, network: str) -> Weights | None:
+        "Where a fusion network comes from; None for random initialisation."
+        return bundled_weights(f"{network}.safetensors") if self.profile.bundled else None
 
 # %% ../nbs/lib/31_rows.ipynb #454778d7
 Model = TrainFusion | TrainJoint | Method | Results
@@ -137,6 +143,7 @@ def _whole(setup: "Setup", task: Task, network: str) -> TrainFusion:
 def _joint(setup: "Setup", task: Task, network: str) -> TrainJoint:
     profile, data, loss = setup.profile, setup.data(HOME[task]), setup.search(task, network)
     return TrainJoint(data=data, loss=loss, settings=profile.fusion, lr_task=profile.search.lr_task, network=network,
+                      fusion_start=setup.fusion_start(network),
                       start=setup.start(task), seed=setup.seed, infra=setup.infra, **setup.task_network(task))
 
 # %% ../nbs/lib/31_rows.ipynb #53a4d3f0
@@ -207,13 +214,13 @@ class _Trainings(_Starts):
         "The search of a network's loss for a task."
         profile, data = self.profile, self.data(HOME[task])
         return Search(data=data, settings=profile.search, network=network, vgg=profile.vgg, start=self.start(task),
-                      seed=self.seed, infra=self.infra, **self.task_network(task))
+                      fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra, **self.task_network(task))
 
     def train(self, task: Task, loss: Search | Weighted | Published, network: str = "caf") -> TrainFusion:
         "The training of a network with a loss."
         settings, data = None if isinstance(loss, Published) else self.profile.fusion, self.data(HOME[task])
         return TrainFusion(data=fusion_blocks(data) or data, loss=loss, settings=settings, network=network,
-                           seed=self.seed, infra=self.infra)
+                           fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra)
 
 # %% ../nbs/lib/31_rows.ipynb #9bafefe9
 class Setup(_Trainings):

@@ -127,7 +127,7 @@ _RECORDS = ("ultralytics.", "models.", "torch.device",
             *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
             *NUMPY_NAMES) # what files of ultralytics and of the original repository name
 
-def _trained_network(file: str | Path, # a .pt file of ultralytics
+def _trained_network(file: str | Path, # a .pt file of ultralytics, or its tensors and names as safetensors
                      model: str,
 ) -> nn.Module:                        # a DetectionModel of ours
     "The network in a file. Raises `CafError` if the file is missing, unreadable, or holds another network."
@@ -179,7 +179,8 @@ def yolo_batch(images: Tensor,          # (B,3,H,W) in [0,1]
 # %% ../../nbs/lib/13_detector.ipynb #2f74b88b
 class Detector(nn.Module):
     """YOLOv5 as a `Task`. Without `weights` it starts from random ones drawn with `seed`.
-    `weights` is a .pt file of ultralytics on this machine, read without executing code from it. Nothing is downloaded."""
+    `weights` is a .pt file of ultralytics on this machine, read without executing code from it, or a .safetensors file
+    with the same tensors and names. Nothing is downloaded."""
 
     def __init__(self, classes: Sequence[str],              # names, in the order of the class indices
                  model: str = "yolov5n",                    # one of `DETECTORS`
