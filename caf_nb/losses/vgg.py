@@ -17,17 +17,17 @@ from ..checkpoints import read_tensors
 from ..core import CafError
 
 # %% ../../nbs/lib/10_vgg.ipynb #d7e1e7da
-_VGG_LAYERS = (1, 3, 5, 9, 13)  # counted in convolutions
-
 class Vgg(nn.Module):
     "The five feature maps of VGG-16 behind terms n and o. `pretrained` says what its weights are."
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, layers: nn.Sequential, # `vgg16().features`
                  pretrained: str,             # for the provenance of a result
     ):
         super().__init__()
         convs = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-        self.taps = tuple(convs[l - 1] + 1 for l in _VGG_LAYERS)
+        self.taps = tuple(convs[l - 1] + 1 for l in (1, 3, 5, 9, 13))
         self.layers = layers[:max(self.taps) + 1].eval().requires_grad_(False)
         self.pretrained = pretrained
         for layer in self.layers:
@@ -56,7 +56,7 @@ def _random_layers(seed: int,
         torch.manual_seed(seed)
         layers = make_layers([v if v == "M" else v // divide for v in cfgs["D"]], batch_norm=False)
         for layer in layers:
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
     return layers
