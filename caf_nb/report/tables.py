@@ -107,7 +107,7 @@ def plot_table(compared: pd.DataFrame, # of `compare`
         i, j, look = datasets.index(row.dataset), methods.index(row.method), row_style(row.method)
         x = i + (j - (len(methods) - 1) / 2) * 0.8 / len(methods)
         hatch = "////" if row.method.endswith("_p") else None
-        ax.bar(x, row.ours, 0.7 / len(methods), color=look.colour, hatch=hatch, label=None if i else look.name)
+        ax.bar(x, row.ours, 0.7 / len(methods), color=look.colour, hatch=hatch, label=None if i else look.title)
         ax.plot(x, row.paper, "o", mfc="none", color="black", ms=4)
     ax.set_xticks(range(len(datasets)), datasets)
     ax.set_ylim(0, 1.1 * np.nanmax([1, part.ours.max(), part.paper.max()]))
