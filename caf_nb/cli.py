@@ -21,7 +21,8 @@ from tqdm import tqdm
 from . import __version__
 
 # %% ../nbs/lib/38_cli.ipynb #47d38d25
-def _say(program: str, sentence: object) -> None: tqdm.write(f"{program}: {sentence}", file=sys.stderr) # moves a bar out of the way
+# moves a bar out of the way
+def _say(program: str, sentence: object) -> None: tqdm.write(f"{program}: {sentence}", file=sys.stderr)
 
 @contextmanager
 def _plainly(program: str, # its name, before every sentence
@@ -40,7 +41,8 @@ def _version(wanted: bool) -> None:
         typer.echo(f"caf_nb {__version__}")
         raise typer.Exit
 
-_Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")]
+_Version = Annotated[bool,
+                     typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")]
 
 # %% ../nbs/lib/38_cli.ipynb #be92d4de
 fuse_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -48,11 +50,19 @@ fuse_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_excep
 @fuse_app.command()
 def caf_fuse(
     ir: Annotated[Path, typer.Option(metavar="DIR|FILE", help="Folder of infrared images, or one file.")],
-    vi: Annotated[Path, typer.Option(metavar="DIR|FILE", help="Folder of visible images, or one file. Partners share the stem: ir/7.jpg and vi/7.png.")],
+    vi: Annotated[Path,
+                  typer.Option(metavar="DIR|FILE",
+                               help="Folder of visible images, or one file. Partners share the stem: ir/7.jpg and vi/7.png.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results, STEM.png; made if it is absent.")],
-    method: Annotated[str, typer.Option(help="Fusion method. `ir` and `vi` pass a source through; a wrong name lists all.")] = "caf",
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Our .safetensors or the authors' checkpoint. Without it: the weights in the package.")] = None,
-    color: Annotated[bool, typer.Option("--color/--gray", help="Colour where the visible image has it, or gray throughout.")] = True,
+    method: Annotated[str,
+                      typer.Option(
+                          help="Fusion method. `ir` and `vi` pass a source through; a wrong name lists all.")] = "caf",
+    weights: Annotated[Path | None,
+                       typer.Option(metavar="FILE",
+                                    help="Our .safetensors or the authors' checkpoint. Without it: the weights in the package.")] = None,
+    color: Annotated[bool,
+                     typer.Option("--color/--gray",
+                                  help="Colour where the visible image has it, or gray throughout.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     version: _Version = False,
 ) -> None:
@@ -78,17 +88,26 @@ def _check_writable(path: Path) -> None:
     try:
         if path.is_dir(): raise IsADirectoryError(0, "it is a folder")
         with tempfile.TemporaryFile(dir=path.parent): pass
-    except OSError as error: raise CafError(f"cannot be written ({error.strerror})", path, "Name a file in a folder that you may write to") from None
+    except OSError as error:
+        raise CafError(f"cannot be written ({error.strerror})", path,
+                       "Name a file in a folder that you may write to") from None
 
 @eval_app.command()
 def caf_eval(
     ir: Annotated[Path, typer.Option(metavar="DIR", help="Folder of infrared images.")],
-    vi: Annotated[Path, typer.Option(metavar="DIR", help="Folder of visible images. All images of a scene share the stem: ir/7.jpg, vi/7.png.")],
-    fused: Annotated[list[Path], typer.Option(metavar="DIR...", help="Folders of fused images, one a method; the folder's name is the method's.")],
+    vi: Annotated[Path,
+                  typer.Option(metavar="DIR",
+                               help="Folder of visible images. All images of a scene share the stem: ir/7.jpg, vi/7.png.")],
+    fused: Annotated[list[Path],
+                     typer.Option(metavar="DIR...",
+                                  help="Folders of fused images, one a method; the folder's name is the method's.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="CSV to write: image, method, metric, value.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="Further folders of fused images.", show_default=False)] = None,
+    more: Annotated[list[Path] | None,
+                    typer.Argument(metavar="[DIR]...", help="Further folders of fused images.",
+                                   show_default=False)] = None,
     metrics: Annotated[str, typer.Option(help="Names with commas; a wrong one lists all.")] = "MI,SD,VIF,SCD",
-    convention: Annotated[str, typer.Option(help="Which tool's way to compute them; a wrong name lists all.")] = "caf_nb",
+    convention: Annotated[str,
+                          typer.Option(help="Which tool's way to compute them; a wrong name lists all.")] = "caf_nb",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     version: _Version = False,
 ) -> None:
@@ -125,23 +144,32 @@ def _look_first(name: str, out: str, inputs: tuple[str, str, str], yes: bool) ->
     needs = row_needs(setup, list(dict.fromkeys((*profile.methods, *profile.ablation))))
     if any(need.state == "missing" for need in needs): typer.echo(describe(profile, needs))
     require(needs)
-    stages = [*table1(setup, profile.methods).values(), *table2(setup, profile.methods).values(), *table3(setup, profile.ablation).values()]
+    stages = [*table1(setup, profile.methods).values(), *table2(setup, profile.methods).values(),
+              *table3(setup, profile.ablation).values()]
     typer.echo(describe(profile, needs, cost_table(stages)))
     if not yes: typer.confirm("Start?", abort=True)
 
 def _existing(folder: str) -> str:
     "The absolute path of a folder, since notebooks run elsewhere. Raises `CafError` if there is none."
     from caf_nb.core import CafError
-    if folder and not Path(folder).is_dir(): raise CafError("there is no such folder", folder, "Give a folder, or leave it out")
+    if folder and not Path(folder).is_dir():
+        raise CafError("there is no such folder", folder, "Give a folder, or leave it out")
     return str(Path(folder).resolve()) if folder else ""
 
 @report_app.command()
 def caf_report(
     profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends) or paper.")] = "smoke",
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for tables, pictures and the page; default out/smoke, results/mini or results/paper.")] = "",
-    data_root: Annotated[str, typer.Option(metavar="DIR", help="The published data sets, a folder each; without it: embedded scenes.")] = "",
-    weights_root: Annotated[str, typer.Option(metavar="DIR", help="Weights of methods, METHOD/published file or METHOD.safetensors, and of task networks.")] = "",
-    fused_root: Annotated[str, typer.Option(metavar="DIR", help="Pictures fused elsewhere, METHOD/DATASET/STEM.png.")] = "",
+    out: Annotated[str,
+                   typer.Option(metavar="DIR",
+                                help="Folder for tables, pictures and the page; default out/smoke, results/mini or results/paper.")] = "",
+    data_root: Annotated[str,
+                         typer.Option(metavar="DIR",
+                                      help="The published data sets, a folder each; without it: synthetic scenes.")] = "",
+    weights_root: Annotated[str,
+                            typer.Option(metavar="DIR",
+                                         help="Weights of methods, METHOD/published file or METHOD.safetensors, and of task networks.")] = "",
+    fused_root: Annotated[str,
+                          typer.Option(metavar="DIR", help="Pictures fused elsewhere, METHOD/DATASET/STEM.png.")] = "",
     notebooks: Annotated[Path, typer.Option(metavar="DIR", help="Where the paper notebooks are.")] = Path("nbs"),
     jobs: Annotated[int, typer.Option(min=0, help="Notebooks at a time; 0: one on a CUDA device, else two.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run also what has not changed.")] = False,
@@ -164,11 +192,16 @@ def caf_report(
         if failed: raise typer.Exit(1)
 
 # %% ../nbs/lib/38_cli.ipynb #92137b6b
-data_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+data_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                       no_args_is_help=True)
 
-_Root = Annotated[Path, typer.Argument(metavar="ROOT", help="Where the archive was unpacked. Nothing is written there.", show_default=False)]
+_Root = Annotated[Path,
+                  typer.Argument(metavar="ROOT", help="Where the archive was unpacked. Nothing is written there.",
+                                 show_default=False)]
 _Dataset = Annotated[str, typer.Option(help="m3fd, mfnet, multispectral, tno, roadscene or msrs.", show_default=False)]
-_Names = Annotated[str, typer.Option(metavar="A,B,...", help="What the class numbers of YOLO labels mean, in their order. Needed only where the archive does not say.")]
+_Names = Annotated[str,
+                   typer.Option(metavar="A,B,...",
+                                help="What the class numbers of YOLO labels mean, in their order. Needed only where the archive does not say.")]
 
 @data_app.callback()
 def caf_data(version: _Version = False) -> None:
@@ -181,7 +214,9 @@ def _listed(names: str) -> tuple[str, ...] | None: return tuple(n.strip() for n 
 def caf_data_check(
     root: _Root,
     dataset: _Dataset,
-    split: Annotated[Path | None, typer.Option(metavar="FILE", help="Split file of `caf-data prepare`. Without it: ROOT/split/DATASET.txt, if there is one.")] = None,
+    split: Annotated[Path | None,
+                     typer.Option(metavar="FILE",
+                                  help="Split file of `caf-data prepare`. Without it: ROOT/split/DATASET.txt, if there is one.")] = None,
     names: _Names = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -200,9 +235,13 @@ def caf_data_check(
 def caf_data_prepare(
     root: _Root,
     dataset: _Dataset,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for split/, blocks/ and yolo/; made if it is absent. One folder may serve several data sets.", show_default=False)],
+    out: Annotated[Path,
+                   typer.Option(metavar="DIR",
+                                help="Folder for split/, blocks/ and yolo/; made if it is absent. One folder may serve several data sets.", show_default=False)],
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the blocks.")] = 0,
-    ratio: Annotated[tuple[float, float, float], typer.Option(metavar="TRAIN VAL TEST", help="Shares of the parts, where the authors publish none.")] = (0.7, 0.1, 0.2),
+    ratio: Annotated[tuple[float, float, float],
+                     typer.Option(metavar="TRAIN VAL TEST",
+                                  help="Shares of the parts, where the authors publish none.")] = (0.7, 0.1, 0.2),
     blocks: Annotated[int, typer.Option(min=1, help="Training blocks to draw.")] = 1000,
     size: Annotated[int, typer.Option(min=16, help="Side of a block, in pixels.")] = 128,
     names: _Names = "",
@@ -214,14 +253,19 @@ def caf_data_prepare(
     with _plainly("caf-data"):
         from caf_nb.data import prepare
         made = prepare(dataset, root, out, seed, ratio, blocks, size, _listed(names))
-        if made.split: typer.echo(f"split   {made.split}: " + ", ".join(f"{part} {n:,}" for part, n in sorted(made.parts.items())))
+        if made.split:
+            typer.echo(f"split   {made.split}: " + ", ".join(f"{part} {n:,}" for part, n in sorted(made.parts.items())))
         typer.echo(f"blocks  {made.blocks}: {blocks:,} of {size}x{size} pixels")
         for camera, file in made.yolo.items(): typer.echo(f"yolo    {file}: {camera}")
-        if made.left_out: typer.echo(f"left out: {made.left_out}; see what and why with: caf-data check {root} --dataset {dataset}")
+        if made.left_out: typer.echo(
+            f"left out: {made.left_out}; see what and why with: caf-data check {root} --dataset {dataset}")
 
 # %% ../nbs/lib/38_cli.ipynb #e9518e20
 @data_app.command("where")
-def caf_data_where(dataset: Annotated[str, typer.Argument(metavar="DATASET", help="m3fd, mfnet, multispectral, tno, roadscene or msrs.", show_default=False)]) -> None:
+def caf_data_where(dataset: Annotated[str,
+                                      typer.Argument(metavar="DATASET",
+                                                     help="m3fd, mfnet, multispectral, tno, roadscene or msrs.",
+                                                     show_default=False)]) -> None:
     "Print the official page of a data set, its licence and the tree that is expected."
     with _plainly("caf-data"):
         from caf_nb.data import where

@@ -98,7 +98,8 @@ class Statement(NamedTuple):
 def statements() -> tuple[Statement, ...]:
     "The conclusions of the text, in its order."
     def split(text, mark): return tuple(tuple(part.split(mark, 1)) for part in text.split("; ") if part)
-    return tuple(Statement(row.name, row.where, row.says, int(row.table), split(row.pairs, ">"), split(row.columns, "."),
+    return tuple(Statement(row.name, row.where, row.says, int(row.table), split(row.pairs, ">"),
+                           split(row.columns, "."),
                            float(row.margin), row.several == "yes") for row in _csv("statements").itertuples())
 
 # %% ../nbs/lib/27_paper.ipynb #27a00031

@@ -94,7 +94,8 @@ class _Starts(_Shared):
             published = (detector_weights if task == "detection" else segmenter_weights)(settings.model)
             return Weights(file=str(published.find(self.weights_root) or Path(self.weights_root)/published.pattern))
         if self.profile.bundled:
-            return bundled_weights(f"{settings.model}.safetensors" if task == "detection" else f"segformer-{settings.model}")
+            return bundled_weights(f"{settings.model}.safetensors" if task == "detection"
+                                   else f"segformer-{settings.model}")
         if pretraining is None: return None
         length = {"epochs": pretraining.epochs} if task == "detection" else {"steps": pretraining.steps}
         networks = {name: value.model_copy(update=length) for name, value in self.task_network(task).items()}
@@ -214,7 +215,8 @@ class _Trainings(_Starts):
         "The search of a network's loss for a task."
         profile, data = self.profile, self.data(HOME[task])
         return Search(data=data, settings=profile.search, network=network, vgg=profile.vgg, start=self.start(task),
-                      fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra, **self.task_network(task))
+                      fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra,
+                      **self.task_network(task))
 
     def train(self, task: Task, loss: Search | Weighted | Published, network: str = "caf") -> TrainFusion:
         "The training of a network with a loss."

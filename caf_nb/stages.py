@@ -132,7 +132,8 @@ class Pretrain(BaseModel):
         task, sizes = _task_network(self.data, settings, None, self.seed), self.data.settings
         result = _finetune(task, pictures, settings, sizes.size, _folder(self.infra, "network"), self.seed)
         score = f"mAP@.5 {result.map50:.2f}" if self.detector else f"mIoU {result.miou:.2f}"
-        about = f"{sizes.train} {sizes.source} scenes of seed {self.data.seed} ({score} on theirs)"
+        kind = "synthetic" if sizes.source == "embedded" else "published"
+        about = f"{sizes.train} {kind} scenes of seed {self.data.seed} ({score} on theirs)"
         return PretrainedWeights(Path(result.checkpoint), f"{result.provenance}, on {about}")
 
 Start = Pretrain | Weights | None  # None: random initialisation
@@ -351,7 +352,8 @@ class TrainJoint(_FusionTraining):
         found, space, where = self.loss.run(), LossSpace(self.loss.variant, load_vgg(self.loss.vgg)), device()
         net, settings = _initial_network(self).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
-        history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,
+        history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")),
+                              self.settings,
                               self.weight, self.lr_task, self.seed)
         made = (f"{self.network} from {_initial(self)} jointly with {task.model} from {task.provenance}, "
                 f"task loss times {self.weight:g}, {len(history.losses)} steps")

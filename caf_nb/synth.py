@@ -123,8 +123,10 @@ def _shade(rgb, factor: float) -> tuple[int, int, int]:
 
 def _block(material, half, y0, y1, near, far, rgb, roof=None) -> list[Part]:
     "A box of width 2 `half`: sides, roof (of another material if told) and near face."
-    sides = [_poly(material, [(x, y0, near), (x, y0, far), (x, y1, far), (x, y1, near)], 0., _shade(rgb, 0.6)) for x in (-half, half)]
-    top = _poly(roof or material, [(-half, y1, near), (half, y1, near), (half, y1, far), (-half, y1, far)], 0., _shade(rgb, 1.25))
+    sides = [_poly(material, [(x, y0, near), (x, y0, far), (x, y1, far), (x, y1, near)], 0., _shade(rgb, 0.6))
+             for x in (-half, half)]
+    top = _poly(roof or material, [(-half, y1, near), (half, y1, near), (half, y1, far), (-half, y1, far)], 0.,
+                _shade(rgb, 1.25))
     return [*sides, top, _rect(material, -half, half, y0, y1, near, rgb)]
 
 def _mirror(parts: list[Part], flip: bool) -> list[Part]:
@@ -140,10 +142,12 @@ def _pick(rng: Generator, colours) -> tuple[int, int, int]: return colours[rng.i
 def person(rng: Generator) -> list[Part]:
     "Somebody who walks, 1.75 m tall."
     step, shirt, legs = rng.uniform(0.08, 0.32), _pick(rng, _CLOTHES), _pick(rng, _CLOTHES)
-    parts = [_line("trousers", [(0.09, 0.85), (step, 0.06)], 0.2, legs), _line("trousers", [(-0.09, 0.85), (-step, 0.06)], 0.2, legs),
+    parts = [_line("trousers", [(0.09, 0.85), (step, 0.06)], 0.2, legs),
+             _line("trousers", [(-0.09, 0.85), (-step, 0.06)], 0.2, legs),
              _line("clothes", [(0.24, 1.38), (0.32 + step / 4, 0.85)], 0.13, shirt),
              _line("clothes", [(-0.24, 1.38), (-0.32 - step / 4, 0.85)], 0.13, shirt),
-             _poly("clothes", [(-0.19, 0.8), (0.19, 0.8), (0.27, 1.43), (0.1, 1.5), (-0.1, 1.5), (-0.27, 1.43)], rgb=shirt),
+             _poly("clothes", [(-0.19, 0.8), (0.19, 0.8), (0.27, 1.43), (0.1, 1.5), (-0.1, 1.5), (-0.27, 1.43)],
+                   rgb=shirt),
              _line("skin", [(0, 1.45), (0, 1.56)], 0.12), _disc("skin", 0, 1.62, 0.135)]
     return _mirror(parts, rng.random() < 0.5)
 
@@ -151,7 +155,8 @@ def rider(rng: Generator) -> list[Part]:
     "Somebody who sits on a two-wheeler that heads to the right."
     shirt, legs = _pick(rng, _CLOTHES), _pick(rng, _CLOTHES)
     return [_line("trousers", [(-0.25, 0.9), (0.18, 0.78), (0.02, 0.36)], 0.2, legs),
-            _line("clothes", [(-0.22, 0.9), (0.02, 1.36)], 0.38, shirt), _line("clothes", [(0.05, 1.33), (0.5, 1.05)], 0.13, shirt),
+            _line("clothes", [(-0.22, 0.9), (0.02, 1.36)], 0.38, shirt),
+            _line("clothes", [(0.05, 1.33), (0.5, 1.05)], 0.13, shirt),
             _line("skin", [(0.06, 1.45), (0.1, 1.52)], 0.12), _disc("skin", 0.12, 1.62, 0.14)]
 
 def motorcycle(rng: Generator) -> list[Part]:
@@ -162,7 +167,8 @@ def motorcycle(rng: Generator) -> list[Part]:
             _line("frame", [(0.72, 0.34), (0.46, 1.0)], 0.1, (90, 90, 95)),
             _line("engine", [(0.1, 0.3), (-0.95, 0.36)], 0.12, (150, 150, 155)),
             _poly("engine", [(-0.32, 0.28), (0.3, 0.28), (0.4, 0.68), (-0.35, 0.66)]),
-            _poly("body", [(-0.95, 0.86), (-0.3, 0.68), (0.42, 0.68), (0.5, 0.98), (0.1, 1.02), (-0.35, 0.86)], rgb=paint),
+            _poly("body", [(-0.95, 0.86), (-0.3, 0.68), (0.42, 0.68), (0.5, 0.98), (0.1, 1.02), (-0.35, 0.86)],
+                  rgb=paint),
             _line("frame", [(0.42, 0.98), (0.36, 1.16)], 0.09, (60, 60, 65)),
             _disc("headlight", 0.58, 0.92, 0.12), _disc("taillight", -0.93, 0.82, 0.08)]
 
@@ -188,7 +194,8 @@ def car(rng: Generator, front: bool) -> list[Part]:
     cabin = _block("body", 0.74, 0.9, 1.48, nose, 3.5, paint)
     glass = _poly("glass", [(-0.76, 0.92), (0.76, 0.92), (0.64, 1.4), (-0.64, 1.4)], nose)
     heat = [_rect("engine", -0.42, 0.42, 0.36, 0.56)] if front else [_rect("engine", 0.3, 0.55, 0.26, 0.4)]
-    return [*_wheels(0.68), *_block("body", 0.9, 0.28, 0.92, 0., 4.1, paint, "bonnet" if front else None), *cabin, glass,
+    return [*_wheels(0.68), *_block("body", 0.9, 0.28, 0.92, 0., 4.1, paint, "bonnet" if front else None), *cabin,
+            glass,
             *heat, *_lights(front, 0.68, 0.72, 0.15)]
 
 def car_profile(rng: Generator) -> list[Part]:
@@ -231,12 +238,14 @@ def lamp(rng: Generator) -> list[Part]:
         return [_line("post", [(0, 0), (0, 2.9)], 0.16), _rect("post", -0.2, 0.2, 0, 0.3),
                 _poly("lantern", [(-0.2, 2.8), (0.2, 2.8), (0.34, 3.35), (-0.34, 3.35)]),
                 _poly("post", [(-0.4, 3.35), (0.4, 3.35), (0, 3.6)])]
-    heads = [_poly("lantern", [(x - 0.3, 3.18), (x + 0.3, 3.18), (x + 0.2, 3.44), (x - 0.2, 3.44)]) for x in (-0.7, 0.7)]
+    heads = [_poly("lantern", [(x - 0.3, 3.18), (x + 0.3, 3.18), (x + 0.2, 3.44), (x - 0.2, 3.44)])
+             for x in (-0.7, 0.7)]
     return [_line("post", [(0, 0), (0, 3.5)], 0.16), _line("post", [(-0.75, 3.4), (0.75, 3.4)], 0.13), *heads]
 
 def cone(rng: Generator) -> list[Part]:
     "A traffic cone, 0.95 m tall."
-    return [_rect("orange", -0.34, 0.34, 0, 0.1), _poly("orange", [(-0.26, 0.08), (0.26, 0.08), (0.07, 0.95), (-0.07, 0.95)]),
+    return [_rect("orange", -0.34, 0.34, 0, 0.1),
+            _poly("orange", [(-0.26, 0.08), (0.26, 0.08), (0.07, 0.95), (-0.07, 0.95)]),
             _poly("film", [(-0.2, 0.32), (0.2, 0.32), (0.14, 0.6), (-0.14, 0.6)])]
 
 def car_stop(rng: Generator) -> list[Part]:
@@ -247,7 +256,8 @@ def car_stop(rng: Generator) -> list[Part]:
 def bump(rng: Generator) -> list[Part]:
     "A speed bump across the road, striped."
     edges = np.linspace(-2.3, 2.3, 12)
-    return [_poly("yellow" if k % 2 == 0 else "black", [(a, 0, 0), (b, 0, 0), (b, 0.14, 0.3), (b, 0, 0.9), (a, 0, 0.9), (a, 0.14, 0.3)])
+    return [_poly("yellow" if k % 2 == 0 else "black",
+                  [(a, 0, 0), (b, 0, 0), (b, 0.14, 0.3), (b, 0, 0.9), (a, 0, 0.9), (a, 0.14, 0.3)])
             for k, (a, b) in enumerate(zip(edges[:-1], edges[1:]))]
 
 def guardrail(rng: Generator) -> list[Part]:
@@ -288,7 +298,8 @@ class Canvas:
     def paint(self, parts: Sequence[Part], s: float, x: float, number: int = 0):
         "Paint a thing of scale `s` at `x` metres under a number (0: scenery)."
         for part, points in zip(parts, project_parts(self.view, s, x, parts)):
-            if part.material in ("lantern", "headlight", "taillight"): self.lights.append((part.material, *points.mean(0), s))
+            if part.material in ("lantern", "headlight", "taillight"):
+                self.lights.append((part.material, *points.mean(0), s))
             self.shape(part, points * _FINE, s * _FINE, self.inks(part, number))
 
     def shape(self, part: Part, xy: np.ndarray, s: float, inks: tuple):
@@ -299,7 +310,8 @@ class Canvas:
             elif part.shape == "line": pen.line(flat, fill=ink, width=max(round(size), _FINE), joint="curve")
             else:
                 (u, v), rim = flat[0], max(round(0.2 * size), _FINE) if part.shape == "ring" else 0
-                pen.ellipse((u - size, v - size, u + size, v + size), fill=None if rim else ink, outline=ink, width=rim or 1)
+                pen.ellipse((u - size, v - size, u + size, v + size), fill=None if rim else ink, outline=ink,
+                            width=rim or 1)
 
     def samples(self) -> np.ndarray:
         "(H,W) uint8: the number of the thing in the middle of every pixel."
@@ -319,7 +331,8 @@ def _ground(view: View, canvas: Canvas, rng: Generator, curve: int):
     s = view.unit / near
     grey = _shade(MATERIALS["road"].rgb, rng.uniform(0.7, 1.25))
     grass = _shade(MATERIALS["grass"].rgb, rng.uniform(0.7, 1.2))
-    dashes = [_strip("paint", -0.06, 0.06, near + z, near + z + 1.2, pieces=3) for z in np.arange(rng.uniform(0, 2), 30, 2.6)]
+    dashes = [_strip("paint", -0.06, 0.06, near + z, near + z + 1.2, pieces=3)
+              for z in np.arange(rng.uniform(0, 2), 30, 2.6)]
     canvas.paint([_strip("grass", -500, 500, near, 4000, grass), _strip("pavement", -_PAVED, _PAVED, near, 900),
                   _strip("road", -_ROAD, _ROAD, near, 900, grey), *dashes], s, 0.)
     for x in (-_ROAD, _ROAD): canvas.paint([_strip("kerb", x - 0.13, x + 0.13, near, 60)], s, 0., curve)
@@ -329,7 +342,8 @@ def _skyline(view: View, canvas: Canvas, rng: Generator):
     while x < 70:
         width, height, tone = rng.uniform(5, 14), rng.uniform(5, 19), rng.uniform(0.6, 1.3)
         wall = _rect("building", 0, width, 0, height, rgb=_shade(MATERIALS["building"].rgb, tone))
-        corners = [(a, b) for a in np.arange(1, width - 1.5, 2.6) for b in np.arange(3, height - 2, 3.) if rng.random() < 0.8]
+        corners = [(a, b) for a in np.arange(1, width - 1.5, 2.6) for b in np.arange(3, height - 2, 3.)
+                   if rng.random() < 0.8]
         canvas.paint([wall, *[_rect("window", a, a + 1.2, b, b + 1.4) for a, b in corners]], s, x)
         x += width + rng.choice([0., 0., 4., 12.])
 
@@ -346,24 +360,31 @@ def scenery(view: View, canvas: Canvas, rng: Generator, curve: int):
     canvas.paint([sky], view.unit / 100, 0.)
     clouds = zip(rng.uniform(-60, 60, 3), rng.uniform(24, 46, 3), rng.uniform(0.7, 1.4, 3))
     puffs = ((-7, 0, 1.8), (-3, 0.6, 3.), (2, 1.2, 3.6), (6, 0.2, 2.4), (9, -0.3, 1.4))
-    canvas.paint([_disc("cloud", x + a * size, y + b, r * size) for x, y, size in clouds for a, b, r in puffs], view.unit / 100, 0.)
+    canvas.paint([_disc("cloud", x + a * size, y + b, r * size) for x, y, size in clouds for a, b, r in puffs],
+                 view.unit / 100, 0.)
     _skyline(view, canvas, rng)
     _ground(view, canvas, rng, curve)
     for s in np.sort(rng.uniform(0.02, 0.09, rng.integers(3, 7))):
         canvas.paint(tree(rng), s * view.unit, rng.choice([-1, 1]) * rng.uniform(5, 7.5))
 
 # %% ../nbs/lib/08_synth.ipynb #ada1e30c
-CAST = (("bus", "cone", "guardrail"), ("motorcycle", "car_stop", "bump"), ("truck", "cone", "bike"), ("motorcycle", "car_stop", "guardrail"))
-_EXTRAS = (("person", 0.6), ("person", 0.35), ("car", 0.5), ("lamp", 0.4), ("bike", 0.2), ("cone", 0.25), ("car_stop", 0.2),
+CAST = (("bus", "cone", "guardrail"), ("motorcycle", "car_stop", "bump"), ("truck", "cone", "bike"),
+        ("motorcycle", "car_stop", "guardrail"))
+_EXTRAS = (("person", 0.6), ("person", 0.35), ("car", 0.5), ("lamp", 0.4), ("bike", 0.2), ("cone", 0.25),
+           ("car_stop", 0.2),
            ("sign", 0.35), ("bump", 0.1), ("guardrail", 0.1)) # kind, chance
 
 _SCALE = { # kind -> pixels a metre, relative to min(H, W): range
-    "person": (0.085, 0.185), "car": (0.07, 0.16), "bus": (0.07, 0.13), "truck": (0.07, 0.13), "motorcycle": (0.10, 0.19),
-    "bike": (0.11, 0.19), "lamp": (0.07, 0.14), "cone": (0.12, 0.21), "car_stop": (0.12, 0.21), "guardrail": (0.12, 0.2),
+    "person": (0.085, 0.185), "car": (0.07, 0.16), "bus": (0.07, 0.13), "truck": (0.07, 0.13),
+    "motorcycle": (0.10, 0.19),
+    "bike": (0.11, 0.19), "lamp": (0.07, 0.14), "cone": (0.12, 0.21), "car_stop": (0.12, 0.21),
+    "guardrail": (0.12, 0.2),
     "bump": (0.13, 0.24), "sign": (0.08, 0.15)}
 _PLACE = { # kind -> distance from the middle of the road in metres: range
-    "person": (0., 3.8), "car": (0.9, 1.6), "bus": (1.0, 1.5), "truck": (1.0, 1.5), "motorcycle": (0.5, 2.0), "bike": (1.2, 3.4),
-    "lamp": (2.8, 3.8), "cone": (0.3, 2.8), "car_stop": (1.6, 3.2), "guardrail": (2.7, 3.0), "bump": (0., 0.), "sign": (2.8, 3.8)}
+    "person": (0., 3.8), "car": (0.9, 1.6), "bus": (1.0, 1.5), "truck": (1.0, 1.5), "motorcycle": (0.5, 2.0),
+    "bike": (1.2, 3.4),
+    "lamp": (2.8, 3.8), "cone": (0.3, 2.8), "car_stop": (1.6, 3.2), "guardrail": (2.7, 3.0), "bump": (0., 0.),
+    "sign": (2.8, 3.8)}
 
 class Thing(NamedTuple):
     "A silhouette and its place."
@@ -382,7 +403,8 @@ def silhouette(rng: Generator, kind: str, left: bool) -> list[Part]:
 
 def cast(rng: Generator, i: int, seed: int) -> list[str]:
     "The kinds in scene `i`."
-    return [*CAST[(i // 2 + seed) % len(CAST)], "person", "car", "lamp", *[kind for kind, p in _EXTRAS if rng.random() < p]]
+    return [*CAST[(i // 2 + seed) % len(CAST)], "person", "car", "lamp",
+            *[kind for kind, p in _EXTRAS if rng.random() < p]]
 
 # %% ../nbs/lib/08_synth.ipynb #044a8d71
 def _extent(view: View, s: float, x: float, parts: list[Part]) -> np.ndarray:
@@ -413,7 +435,8 @@ def place(rng: Generator, view: View, kinds: Sequence[str]) -> list[Thing]:
             if inside > 0.85 and all(_shared(box, other) < limit for other in taken):
                 placed.append(thing); taken.append(box)
                 break
-    placed += [Thing("person", _rider(rng, t), t.s * 1.001, t.x) for t in placed if t.kind in ("motorcycle", "bike") and rng.random() < 0.4]
+    placed += [Thing("person", _rider(rng, t), t.s * 1.001, t.x) for t in placed if t.kind in ("motorcycle", "bike")
+               and rng.random() < 0.4]
     return sorted(placed, key=lambda thing: thing.s)
 
 def _rider(rng: Generator, thing: Thing) -> list[Part]:
@@ -446,13 +469,15 @@ def infrared(rng: Generator,
 def _spot(h: int, w: int, x: float, y: float, rx: float, ry: float) -> np.ndarray:
     "(H,W,1) Gaussian spot."
     u, v = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)
-    return np.outer(np.exp(-0.5 * ((v - y) / ry) ** 2), np.exp(-0.5 * ((u - x) / rx) ** 2)).astype(np.float32)[..., None]
+    return np.outer(np.exp(-0.5 * ((v - y) / ry) ** 2), np.exp(-0.5 * ((u - x) / rx) ** 2)).astype(np.float32)[...,
+                                                                                                               None]
 
 _WARM = np.array([1.0, 0.86, 0.62], np.float32) # colour of lamp light
 
 def _illumination(rng: Generator, view: View, night: bool, lights: list) -> np.ndarray:
     "(H,W,3) light that falls on the scene."
-    level = rng.uniform(0.045, 0.075) * np.array([0.85, 0.95, 1.2]) if night else rng.uniform(0.7, 1.0) * np.array([1.03, 1.0, 0.95])
+    level = rng.uniform(0.045, 0.075) * np.array([0.85, 0.95, 1.2]) if night else rng.uniform(0.7,
+        1.0) * np.array([1.03, 1.0, 0.95])
     light = level.astype(np.float32) * (1 + 0.08 * _smooth(rng, view.h, view.w, 2)[..., None])
     for material, x, y, s in lights if night else ():
         if material == "lantern": light = light + 0.16 * _WARM * _spot(view.h, view.w, x, y + 3. * s, 1.4 * s, 0.5 * s)
@@ -462,11 +487,14 @@ def _glare(rng: Generator, view: View, night: bool, lights: list) -> np.ndarray:
     "(H,W,3) light scattered in the lens: halos of lamps, blinding headlights, by day now and then the sun."
     h, w = view.h, view.w
     veil = np.zeros((h, w, 3), np.float32)
-    if not night: return veil + (0.7 * _spot(h, w, rng.uniform(0, w), 0, 0.25 * w, 0.25 * h) if rng.random() < 0.12 else np.float32(0))
+    if not night:
+        return veil + (0.7 * _spot(h, w, rng.uniform(0, w), 0, 0.25 * w, 0.25 * h) if rng.random() < 0.12
+                       else np.float32(0))
     blinding = rng.uniform(0.3, 0.7) if rng.random() < 0.45 else 0.
     for material, x, y, s in lights:
         if material == "lantern": veil += 0.3 * _WARM * _spot(h, w, x, y, 0.5 * s, 0.5 * s)
-        if material == "headlight": veil += 0.35 * _spot(h, w, x, y, 0.28 * s, 0.28 * s) + blinding * _spot(h, w, x, y, 0.9 * s, 0.5 * s)
+        if material == "headlight":
+            veil += 0.35 * _spot(h, w, x, y, 0.28 * s, 0.28 * s) + blinding * _spot(h, w, x, y, 0.9 * s, 0.5 * s)
         if material == "taillight": veil += np.float32([0.3, 0.03, 0.02]) * _spot(h, w, x, y, 0.25 * s, 0.25 * s)
     return veil
 
@@ -513,7 +541,8 @@ def _labelled(ids: np.ndarray, full: Sequence[int]) -> np.ndarray:
     keep = np.zeros(len(full) + 1, np.int64)
     for number, area in enumerate(full, 1):
         rows, columns = np.nonzero(ids == number)
-        if len(rows) and len(rows) >= _LEFT * area and min(np.ptp(rows), np.ptp(columns)) + 1 >= _SIDE: keep[number] = number
+        if len(rows) and len(rows) >= _LEFT * area and min(np.ptp(rows), np.ptp(columns)) + 1 >= _SIDE:
+            keep[number] = number
     return keep[ids]
 
 def yolo_box(where: np.ndarray, # (H,W) bool, not empty
@@ -542,7 +571,8 @@ def render(i: int, h: int, w: int, seed: int) -> Render:
                   ["curve", *[t.kind for t in things]], _labelled(canvas.samples(), full))
 
 def _kelvin(canvas: Canvas, empty: np.ndarray) -> np.ndarray:
-    "(H,W) temperature; what is in equilibrium takes that of the empty scenery, and paint on the ground that of the road."
+    """(H,W) temperature; what is in equilibrium takes that of the empty scenery, and paint on the ground that of the
+    road."""
     empty = np.where(empty == _EQUILIBRIUM, _byte(MATERIALS["road"][2 if canvas.night else 1]), empty)
     heat = np.asarray(canvas.heat)
     heat = Image.fromarray(np.where(heat == _EQUILIBRIUM, empty, heat).astype(np.uint8)).reduce(_FINE)
@@ -566,7 +596,8 @@ class SynthScenes(Sequence):
                  seed: int = 0,               # at least 0
                  task: str = "detection",     # "detection", "multispectral" or "segmentation"
     ):
-        if task not in TASK_CLASSES: raise CafError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASK_CLASSES)}")
+        if task not in TASK_CLASSES:
+            raise CafError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASK_CLASSES)}")
         sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
         if len(sides) != 2: raise CafError(f"size is {size!r}", remedy="Give one side, or (height, width)")
         self.n, self.seed, self.task = _whole("n", n, 0), _whole("seed", seed, 0), task
@@ -601,7 +632,8 @@ class SynthScenes(Sequence):
             if name is not None and where.any(): rows.append((self.box_classes.index(name), *yolo_box(where)))
         number_to_class = _MASK[[0, *[1 + list(KINDS).index(kind) for kind in drawn.kinds]]]
         return Scene(stem, torch.from_numpy(drawn.ir)[None], torch.from_numpy(drawn.vi).permute(2, 0, 1).contiguous(),
-                     torch.tensor(rows, dtype=torch.float32).reshape(-1, 5), torch.from_numpy(number_to_class[drawn.ids]))
+                     torch.tensor(rows, dtype=torch.float32).reshape(-1, 5),
+                     torch.from_numpy(number_to_class[drawn.ids]))
 
 # %% ../nbs/lib/08_synth.ipynb #68671ad4
 def show_scenes(scenes: Sequence[Scene],
@@ -612,15 +644,18 @@ def show_scenes(scenes: Sequence[Scene],
     from matplotlib import pyplot as plt # only who draws pays for the import
     h, w = scenes[0].mask.shape
     if axes is None:
-        axes = plt.subplots(len(scenes), 3, figsize=(5.4, 1.8 * len(scenes) * h / w), squeeze=False, layout="constrained")[1]
+        axes = plt.subplots(len(scenes), 3, figsize=(5.4, 1.8 * len(scenes) * h / w), squeeze=False,
+                            layout="constrained")[1]
     for scene, row in zip(scenes, axes):
         vi = scene.vi.permute(1, 2, 0)
         row[0].imshow(scene.ir[0], cmap="gray", vmin=0, vmax=1)
         row[1].imshow(vi)
         row[2].imshow(vi)
-        row[2].imshow(np.ma.masked_equal(scene.mask, 0), cmap="tab10", vmin=0, vmax=9, alpha=0.55, interpolation="nearest")
+        row[2].imshow(np.ma.masked_equal(scene.mask, 0), cmap="tab10", vmin=0, vmax=9, alpha=0.55,
+                      interpolation="nearest")
         for k, cx, cy, bw, bh in (scene.boxes * torch.tensor([1, w, h, w, h])).tolist():
-            row[2].add_patch(plt.Rectangle((cx - bw / 2 - 0.5, cy - bh / 2 - 0.5), bw, bh, fill=False, color="yellow", lw=0.7))
+            row[2].add_patch(plt.Rectangle((cx - bw / 2 - 0.5, cy - bh / 2 - 0.5), bw, bh, fill=False, color="yellow",
+                                           lw=0.7))
             row[2].text(cx - bw / 2, cy - bh / 2 - 1, classes[int(k)], color="yellow", fontsize=5)
         for ax in row: ax.axis("off")
     return axes

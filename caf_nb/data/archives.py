@@ -42,12 +42,14 @@ def _map(f: Callable, items: Sequence, title: str, progress: bool) -> list:
     finally: pool.shutdown(cancel_futures=True)
 
 def _thumbnail(item: Item) -> np.ndarray:
-    "Both images as 16x16 pixels without mean, of length one together: a vector of 512. Raises `CafError` if one cannot be read."
+    """Both images as 16x16 pixels without mean, of length one together: a vector of 512. Raises `CafError` if one
+    cannot be read."""
     halves = []
     for path in (item.vi, item.ir):
         image_size(path)
         with decoding(path): gray = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-        if gray is None: raise CafError("is not an image that can be read", path, "See what is wrong with: caf-data check")
+        if gray is None:
+            raise CafError("is not an image that can be read", path, "See what is wrong with: caf-data check")
         small = cv2.resize(gray.astype(np.float32), (16, 16), interpolation=cv2.INTER_AREA).ravel()
         small -= small.mean()
         halves.append(small / max(np.linalg.norm(small), 1e-6))
@@ -88,7 +90,8 @@ def deal(scenes: Sequence[Sequence[str]],         # the stems of each scene
 ) -> list[Member]:                                # sorted by stem
     "Deal whole scenes to the parts. Raises `CafError` if a part that was asked for stays empty."
     if len(ratio) != 3 or not all(math.isfinite(r) and r >= 0 for r in ratio) or sum(ratio) <= 0:
-        raise CafError(f"the ratio is {' '.join(map(str, ratio))}", remedy="Give three numbers of at least 0: train, val, test")
+        raise CafError(f"the ratio is {' '.join(map(str, ratio))}",
+                       remedy="Give three numbers of at least 0: train, val, test")
     lacks = {part: r / sum(ratio) * sum(map(len, scenes)) for part, r in zip(DISJOINT, ratio) if r > 0}
     empty = set(lacks)
     members = []
@@ -97,7 +100,9 @@ def deal(scenes: Sequence[Sequence[str]],         # the stems of each scene
         lacks[part] -= len(scenes[number])
         empty -= {part}
         members += [Member(part, number, stem) for stem in scenes[number]]
-    if empty: raise CafError(f"{len(scenes)} scenes leave nothing for {', '.join(sorted(empty))}", remedy="Ask for another ratio or seed, or add scenes")
+    if empty:
+        raise CafError(f"{len(scenes)} scenes leave nothing for {', '.join(sorted(empty))}",
+                       remedy="Ask for another ratio or seed, or add scenes")
     return sorted(members, key=lambda m: natural(m.stem))
 
 def make_split(published: Published,                                 # all of it
@@ -110,7 +115,8 @@ def make_split(published: Published,                                 # all of it
     fixed = {"test"} if "val" not in published.own_parts else set(DISJOINT)
     kept = [Member(part, -1, item.stem) for item in published.items for part in item.parts if part in fixed]
     free = [item for item in published.items if not fixed & set(item.parts)]
-    if not kept and not free: raise CafError(f"no image of {published.name} can be divided", published.root, "Pass the whole data set")
+    if not kept and not free:
+        raise CafError(f"no image of {published.name} can be divided", published.root, "Pass the whole data set")
     ratio = asked_ratio(published, ratio)
     members = kept + (deal(find_scenes(free, progress=progress), ratio, seed) if free else [])
     return Split(published.name, seed, ratio, sorted(members, key=lambda m: natural(m.stem)))
@@ -138,8 +144,11 @@ def blocks(sets: Sequence[Published], # the parts to draw from
     for k, published in enumerate(sets):
         sizes = {item: image_size(item.vi) for item in published.items}
         fit = [item for item in published.items if min(sizes[item]) >= size]
-        if not fit: raise CafError(f"no image of {published.name} is {size} pixels high and wide", published.root, "Ask for smaller blocks")
-        dice = random.Random(f"{seed} {published.name}") # random() is promised to stay the same across versions of Python
+        if not fit:
+            raise CafError(f"no image of {published.name} is {size} pixels high and wide", published.root,
+                           "Ask for smaller blocks")
+        # random() is promised to stay the same across versions of Python
+        dice = random.Random(f"{seed} {published.name}")
         def throw(sides): return int(dice.random() * sides)
         for _ in range(n // len(sets) + (k < n % len(sets))):
             item = fit[throw(len(fit))]
@@ -153,17 +162,22 @@ def write_blocks(path: str | Path, blocks: Sequence[Block]) -> None:
 
 def read_blocks(path: str | Path) -> list[Block]:
     "Read a list of blocks. Raises `CafError` if it is none."
-    try: return [Block(row["dataset"], row["stem"], int(row["top"]), int(row["left"]), int(row["size"])) for row in csv.DictReader(label_text(Path(path), 2 ** 26).splitlines())]
-    except (KeyError, TypeError, ValueError, csv.Error): raise CafError("is no list of blocks", path, "Make one with caf-data prepare") from None
+    try:
+        return [Block(row["dataset"], row["stem"], int(row["top"]), int(row["left"]), int(row["size"]))
+                for row in csv.DictReader(label_text(Path(path), 2 ** 26).splitlines())]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise CafError("is no list of blocks", path, "Make one with caf-data prepare") from None
 
 class Blocks(Sequence):
-    "Blocks as scenes of one size, without boxes; cut when they are asked for. Raises `CafError` if an image is not in `sets`."
+    """Blocks as scenes of one size, without boxes; cut when they are asked for. Raises `CafError` if an image is not in
+    `sets`."""
     def __init__(self, blocks: Sequence[Block], sets: Sequence[Published]):
         self.blocks = list(blocks)
         self._items = {(s.name, item.stem): (s, item) for s in sets for item in s.items}
         for block in self.blocks:
             if (block.dataset, block.stem) not in self._items:
-                raise CafError(f"there is no image {brief(block.stem)} of {brief(block.dataset)}", remedy="Pass the data sets that the blocks were drawn from")
+                raise CafError(f"there is no image {brief(block.stem)} of {brief(block.dataset)}",
+                               remedy="Pass the data sets that the blocks were drawn from")
 
     def __len__(self) -> int: return len(self.blocks)
 
@@ -172,7 +186,8 @@ class Blocks(Sequence):
         _, stem, top, left, size = block = self.blocks[i]
         published, item = self._items[block[:2]]
         ir, vi = (image[:, top:top + size, left:left + size].clone() for image in published.images(item))
-        if ir.shape[1:] != (size, size): raise CafError(f"is smaller than the block at row {top}, column {left}", item.vi, "Draw the blocks again")
+        if ir.shape[1:] != (size, size):
+            raise CafError(f"is smaller than the block at row {top}, column {left}", item.vi, "Draw the blocks again")
         return Scene(stem, ir, vi, torch.zeros(0, 5), torch.zeros(size, size, dtype=torch.long))
 
 # %% ../../nbs/lib/06_archives.ipynb #3f0c2794
@@ -189,7 +204,8 @@ def _pixels(path: Path) -> np.ndarray:
     "All pixels of an image, (H,W) or (H,W,C). Raises `CafError` if the file is no complete image."
     image_size(path)
     with decoding(path):
-        if path.suffix.lower() == ".png": # compares the checksums of all bytes; OpenCV, which decodes beside other threads, would fill a gap with gray
+        # compares the checksums of all bytes; OpenCV, which decodes beside other threads, would fill a gap with gray
+        if path.suffix.lower() == ".png":
             with Image.open(path) as image: image.verify()
         elif path.suffix.lower() not in (".tif", ".tiff"):
             with Image.open(path) as image: return np.array(image)
@@ -214,13 +230,18 @@ def _pair_findings(item: Item, pictures: dict[Path, np.ndarray]) -> tuple[tuple[
     if item.ir == item.vi: # MFNet
         four = pictures.get(item.ir)
         if four is None: return None, [], False
-        if four.ndim != 3 or four.shape[2] != 4: return four.shape[1::-1], [Finding("no thermal", item.ir, f"{1 if four.ndim == 2 else four.shape[2]} channels in place of 4")], False
+        if four.ndim != 3 or four.shape[2] != 4:
+            return four.shape[1::
+                              -1], [Finding("no thermal", item.ir,
+                                            f"{1 if four.ndim == 2 else four.shape[2]} channels in place of 4")], False
         ir, vi = four[..., 3], four[..., :3]
     elif len(pictures) < 2: return next((p.shape[1::-1] for p in pictures.values()), None), [], False
     else: ir, vi = pictures[item.ir], pictures[item.vi]
     found = [Finding("constant", path, f"{what} has the value {pixels.flat[0]} everywhere")
              for path, pixels, what in ((item.ir, ir, "ir"), (item.vi, vi, "vi")) if (pixels == pixels.flat[0]).all()]
-    if ir.shape[:2] != vi.shape[:2]: found.append(Finding("size differs", item.ir, "ir is {}x{}, vi {}x{}".format(*ir.shape[1::-1], *vi.shape[1::-1])))
+    if ir.shape[:2] != vi.shape[:2]:
+        found.append(Finding("size differs", item.ir,
+                             "ir is {}x{}, vi {}x{}".format(*ir.shape[1::-1], *vi.shape[1::-1])))
     elif not found and _same(ir, vi):
         found.append(Finding("same picture", item.ir, f"{item.vi.parent.name}/{item.vi.name} is no other"))
     return vi.shape[1::-1], found, _black_side(ir) or _black_side(vi)
@@ -235,7 +256,8 @@ def _box_findings(published: Published, item: Item, size: tuple[int, int]) -> tu
     try: boxes, stated = (read_yolo(item.boxes, ()), None) if unnamed else published.boxes(item, size)
     except CafError as error: return Counter(), [Finding("bad label", item.boxes, error.cause)], False
     counts, found = Counter(), []
-    if stated is not None and stated != size: found.append(Finding("label size", item.boxes, "states {}x{}, the image is {}x{}".format(*stated, *size)))
+    if stated is not None and stated != size:
+        found.append(Finding("label size", item.boxes, "states {}x{}, the image is {}x{}".format(*stated, *size)))
     for box in boxes:
         try: number = None if unnamed else published.class_of(box.name)
         except KeyError:
@@ -244,15 +266,18 @@ def _box_findings(published: Published, item: Item, size: tuple[int, int]) -> tu
         if unnamed or number is not None: counts[box.name if unnamed else published.classes[number]] += 1
         pixels = "{:.0f},{:.0f} to {:.0f},{:.0f}".format(*(v * side for v, side in zip(box[1:], (*size, *size))))
         if box.x1 <= box.x0 or box.y1 <= box.y0: found.append(Finding("empty box", item.boxes, f"{box.name} {pixels}"))
-        elif min(box.x0, box.y0) < -1e-6 or max(box.x1, box.y1) > 1 + 1e-6: found.append(Finding("outside", item.boxes, f"{box.name} {pixels} in {size[0]}x{size[1]}"))
+        elif min(box.x0, box.y0) < -1e-6 or max(box.x1, box.y1) > 1 + 1e-6:
+            found.append(Finding("outside", item.boxes, f"{box.name} {pixels} in {size[0]}x{size[1]}"))
     return counts, found, not boxes
 
 def _mask_findings(published: Published, item: Item, size: tuple[int, int] | None) -> tuple[Counter, list[Finding]]:
     "The classes of a mask, and findings."
     try: numbers = (mask := read_mask(item.mask, 256)).unique().tolist()
-    except CafError as error: return Counter(), [Finding("unreadable" if "image (" in error.cause else "bad label", item.mask, error.cause)]
+    except CafError as error:
+        return Counter(), [Finding("unreadable" if "image (" in error.cause else "bad label", item.mask, error.cause)]
     found = [Finding("unknown class", item.mask, f"class {k}") for k in numbers if k >= len(published.mask_classes)]
-    if size is not None and tuple(mask.shape[::-1]) != size: found.append(Finding("label size", item.mask, "is {}x{}, the image {}x{}".format(*mask.shape[::-1], *size)))
+    if size is not None and tuple(mask.shape[::-1]) != size:
+        found.append(Finding("label size", item.mask, "is {}x{}, the image {}x{}".format(*mask.shape[::-1], *size)))
     return Counter(published.mask_classes[k] for k in numbers if k < len(published.mask_classes)), found
 
 def _inspect(published: Published, item: Item) -> Inspected:
@@ -288,26 +313,32 @@ class Checked(NamedTuple):
     @property
     def table(self) -> pd.DataFrame:
         "A row a finding: kind, file (relative to the root), detail, whether it is only a note."
-        return pd.DataFrame([(f.kind, _shown(f.file, self.root), _printable(f.detail), f.kind in NOTES) for f in self.findings], columns=["kind", "file", "detail", "note"])
+        return pd.DataFrame([(f.kind, _shown(f.file, self.root), _printable(f.detail), f.kind in NOTES)
+                             for f in self.findings], columns=["kind", "file", "detail", "note"])
 
     def text(self, limit: int = 40, # findings to list
     ) -> str:
         "The report for a person: counts, then the findings, wrong ones first."
         def counted(counts): return ", ".join(f"{name} {n:,}" for name, n in counts.items()) or "-"
         table = self.table.sort_values("note", kind="stable")
-        rows = {"data set": f"{self.dataset} in {_printable(str(self.root))}", "pairs": f"{self.pairs:,}" + (f" of {self.published:,} published" if self.published else ""),
+        rows = {"data set": f"{self.dataset} in {_printable(str(self.root))}",
+                "pairs": f"{self.pairs:,}" + (f" of {self.published:,} published" if self.published else ""),
                 "sizes": counted(self.sizes), "parts": counted(self.parts), "classes": counted(self.classes),
                 "wrong": counted(Counter(f.kind for f in self.findings if f.kind not in NOTES))}
         lines = [f"{name:9} {value}" for name, value in rows.items()]
         widths = [max(map(len, table[c].head(limit)), default=0) for c in ("kind", "file")]
-        lines += [""] * bool(len(table)) + [f"{'note: ' if note else ''}{kind:{widths[0]}}  {file:{widths[1]}}  {detail}" for kind, file, detail, note in table.head(limit).itertuples(index=False)]
+        lines += [""] * bool(len(
+            table)) + [f"{'note: ' if note else ''}{kind:{widths[0]}}  {file:{widths[1]}}  {detail}"
+                       for kind, file, detail, note in table.head(limit).itertuples(index=False)]
         if len(table) > limit: lines.append(f"... and {len(table) - limit:,} more; --json lists all")
         return "\n".join(lines)
 
     def json(self) -> str:
         "The report for a program."
-        return json.dumps({"dataset": self.dataset, "root": str(self.root), "ok": self.ok, "pairs": self.pairs, "published": self.published, "sizes": self.sizes,
-                           "classes": self.classes, "parts": self.parts, "findings": self.table.to_dict("records")}, indent=1)
+        return json.dumps({"dataset": self.dataset, "root": str(self.root), "ok": self.ok, "pairs": self.pairs,
+                           "published": self.published, "sizes": self.sizes,
+                           "classes": self.classes, "parts": self.parts, "findings": self.table.to_dict("records")},
+                           indent=1)
 
 def _shown(path: Path, root: Path) -> str:
     "A path relative to `root`, fit to be printed."
@@ -318,7 +349,8 @@ def _printable(text: str) -> str: return text if text.isprintable() else repr(te
 
 def check(dataset: str,                          # a key of `READERS`
           root: str | Path,                      # where the archive was unpacked
-          split_file: str | Path | None = None,  # of `caf-data prepare`; default: split/NAME.txt in `root`, where it exists
+          # of `caf-data prepare`; default: split/NAME.txt in `root`, where it exists
+          split_file: str | Path | None = None,
           names: Sequence[str] | None = None,    # classes of YOLO labels, in the order of their numbers
           progress: bool = True,                 # show a bar
 ) -> Checked:
@@ -329,11 +361,16 @@ def check(dataset: str,                          # a key of `READERS`
         warnings.simplefilter("ignore") # of Pillow, about odd files; they become findings
         seen = _map(lambda item: _inspect(published, item), published.listed, f"checking {dataset}", progress)
     found = published.findings + [f for s in seen for f in s.findings]
-    notes = {"no boxes": sum(s.empty for s in seen), "unnamed classes": sum(s.unnamed for s in seen), "black border": sum(s.border for s in seen) * (dataset == "multispectral")}
+    notes = {"no boxes": sum(s.empty for s in seen), "unnamed classes": sum(s.unnamed for s in seen),
+             "black border": sum(s.border for s in seen) * (dataset == "multispectral")}
     found += [Finding(kind, published.root, f"{n} of {len(seen)} pairs") for kind, n in notes.items() if n]
     counts, sizes = sum((s.classes for s in seen), Counter()), Counter("{}x{}".format(*s.size) for s in seen if s.size)
-    named = [c for used, classes in ((any(i.boxes for i in published.listed), published.classes), (any(i.mask for i in published.listed), published.mask_classes)) if used for c in classes]
-    return Checked(dataset, Path(root), len(published), where(dataset).pairs, dict(sizes.most_common()), {c: counts[c] for c in dict.fromkeys([*named, *sorted(counts)])},
+    named = [c
+             for used, classes in ((any(i.boxes for i in published.listed), published.classes),
+                                   (any(i.mask for i in published.listed), published.mask_classes)) if used
+                                   for c in classes]
+    return Checked(dataset, Path(root), len(published), where(dataset).pairs, dict(sizes.most_common()),
+                   {c: counts[c] for c in dict.fromkeys([*named, *sorted(counts)])},
                    dict(Counter(p for item in published.listed for p in item.parts)), found)
 
 # %% ../../nbs/lib/06_archives.ipynb #b0aefcd6
@@ -352,18 +389,22 @@ def _copy(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as part: shutil.copyfile(source, part)
     except OSError as error:
-        raise CafError(f"cannot be copied to {target} ({error.strerror})", source, "Choose a folder with room that you may write to") from None
+        raise CafError(f"cannot be copied to {target} ({error.strerror})", source,
+                       "Choose a folder with room that you may write to") from None
 
-def _prepared_split(published: Published, file: Path, seed: int, ratio: tuple[float, float, float], progress: bool) -> Split:
+def _prepared_split(published: Published, file: Path, seed: int, ratio: tuple[float, float, float],
+                    progress: bool) -> Split:
     "The split in `file`, or a new one written there. Raises `CafError` if the file came about otherwise."
     if not file.is_file():
         split = make_split(published, seed, ratio, progress)
         write_split(file, split)
     split = read_split(file)
     asked = (published.name, seed, *asked_ratio(published, ratio))
-    if (split.dataset, split.seed, *split.ratio) != asked: raise CafError("was made from another seed or ratio", file, "Choose another folder, or remove this one")
+    if (split.dataset, split.seed, *split.ratio) != asked:
+        raise CafError("was made from another seed or ratio", file, "Choose another folder, or remove this one")
     stems = {item.stem for item in published.items}
-    if {m.stem for m in split.members} != stems: raise CafError("does not list the images of this archive", file, "Choose another folder, or remove this one")
+    if {m.stem for m in split.members} != stems:
+        raise CafError("does not list the images of this archive", file, "Choose another folder, or remove this one")
     return split
 
 def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, progress: bool) -> Path:
@@ -373,9 +414,11 @@ def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, 
         rows = published.rows(item, image_size(item.vi)).tolist()
         source, part = getattr(item, camera), part_of[item.stem]
         _copy(source, folder/"images"/part/f"{item.stem}{source.suffix.lower()}")
-        write_text(folder/"labels"/part/f"{item.stem}.txt", "".join(f"{int(k)} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for k, cx, cy, w, h in rows))
+        write_text(folder/"labels"/part/f"{item.stem}.txt",
+                   "".join(f"{int(k)} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for k, cx, cy, w, h in rows))
     _map(write, published.items, f"copying {camera}", progress)
-    text = "".join(f"{part}: images/{part}\n" for part in DISJOINT if part in part_of.values()) + f"names: {json.dumps(published.classes)}\n"
+    text = "".join(f"{part}: images/{part}\n" for part in DISJOINT
+                   if part in part_of.values()) + f"names: {json.dumps(published.classes)}\n"
     write_text(folder/"data.yaml", text)
     return folder/"data.yaml"
 
@@ -389,17 +432,21 @@ def prepare(dataset: str,                 # a key of `READERS`
             names: Sequence[str] | None = None, # classes of YOLO labels, in the order of their numbers
             progress: bool = True,
 ) -> Prepared:
-    "Write split, blocks and YOLO folders of a set. Raises `CafError` on broken archives and on a folder that holds another split."
+    """Write split, blocks and YOLO folders of a set. Raises `CafError` on broken archives and on a folder that holds
+    another split."""
     where(dataset)
     out, published, split, split_file = Path(out), READERS[dataset](root, names=names), None, None
     if torn := next((f for f in published.findings if f.kind in ("split overlap", "scene torn")), None):
-        raise CafError(f"has images in two parts ({_shown(torn.file, Path(root))}: {torn.detail})", root, f"List them with: caf-data check ROOT --dataset {dataset}")
+        raise CafError(f"has images in two parts ({_shown(torn.file, Path(root))}: {torn.detail})", root,
+                       f"List them with: caf-data check ROOT --dataset {dataset}")
     if dataset == "m3fd" or any(item.parts for item in published.items):
         split_file = out/"split"/f"{dataset}.txt"
         split = _prepared_split(published, split_file, seed, ratio, progress)
     training = READERS[dataset](root, "train", split_file, names) if split else published
     write_blocks(out/"blocks"/f"{dataset}.csv", blocks([training], n, size, seed))
     boxed = split is not None and all(item.boxes for item in published.items)
-    yolo = {camera: _yolo_folder(published, split, camera, out/"yolo"/dataset/camera, progress) for camera in ("ir", "vi")} if boxed else {}
-    return Prepared(split_file, out/"blocks"/f"{dataset}.csv", yolo, dict(Counter(m.part for m in split.members)) if split else {},
+    yolo = {camera: _yolo_folder(published, split, camera, out/"yolo"/dataset/camera, progress)
+            for camera in ("ir", "vi")} if boxed else {}
+    return Prepared(split_file, out/"blocks"/f"{dataset}.csv", yolo,
+                    dict(Counter(m.part for m in split.members)) if split else {},
                     sum(f.kind not in NOTES for f in published.findings))

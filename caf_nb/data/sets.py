@@ -38,20 +38,27 @@ class Source(NamedTuple):
     tree: str
 
 SOURCES = {
-    "m3fd": Source("M3FD (Liu 2022), detection", "https://github.com/JinyuanLiu-CV/TarDAL", "none stated for the data; treat it as research only", 4200,
+    "m3fd": Source("M3FD (Liu 2022), detection", "https://github.com/JinyuanLiu-CV/TarDAL",
+                   "none stated for the data; treat it as research only", 4200,
         "ROOT/\n  Ir/00000.png ...          8 bit, gray stored as RGB\n  Vis/00000.png ...\n  Annotation/00000.xml ...  Pascal VOC, classes by name\n"
         "No official split: `caf-data prepare` makes one, scene by scene."),
-    "mfnet": Source("MFNet (Ha 2017), segmentation", "https://www.mi.t.u-tokyo.ac.jp/static/projects/mil_multispectral/", "none stated; treat it as research only", 1569,
+    "mfnet": Source("MFNet (Ha 2017), segmentation",
+                    "https://www.mi.t.u-tokyo.ac.jp/static/projects/mil_multispectral/",
+                    "none stated; treat it as research only", 1569,
         "ROOT/                       often called ir_seg_dataset\n  images/00001D.png ...     four channels: R, G, B and thermal in the alpha slot\n"
         "  labels/00001D.png ...     class numbers 0 ... 8, black to the eye\n  train.txt val.txt test.txt [test_day.txt test_night.txt]"),
-    "multispectral": Source("Multispectral (Takumi 2017), detection", "https://www.mi.t.u-tokyo.ac.jp/static/projects/mil_multispectral/",
+    "multispectral": Source("Multispectral (Takumi 2017), detection",
+                            "https://www.mi.t.u-tokyo.ac.jp/static/projects/mil_multispectral/",
         "none stated; treat it as research only", 2999,
         "ROOT/                       often called ir_det_dataset\n  ConvertedImages/rgb/ID.png ...  320x256, warped to one view, black borders\n  ConvertedImages/fir/ID.png ...\n"
         "  Annotations_ConvertedSummarized/ID.xml ...  Pascal VOC\n  vis_ok/ID.png ...               the well aligned ones: the test part"),
-    "tno": Source("TNO Image Fusion Dataset (Toet)", "https://figshare.com/articles/dataset/TNO_Image_Fusion_Dataset/1008029", "CC BY 4.0, says its page (not checked here)", 0,
+    "tno": Source("TNO Image Fusion Dataset (Toet)",
+                  "https://figshare.com/articles/dataset/TNO_Image_Fusion_Dataset/1008029",
+                  "CC BY 4.0, says its page (not checked here)", 0,
         "ROOT/                       or ir/ and vi/ with equal names\n  Athena_images/SCENE/IR_*.bmp VIS_*.bmp\n  DHV_images/SCENE/IR_*.bmp VIS_*.bmp NIR_*.bmp\n"
         "  FEL_images/SEQUENCE/thermal/1800i.bmp visual/1800v.bmp\n  Triclobs_images/SCENE/*IR*.bmp *Vis*.bmp *II*.bmp\n  tank/LWIR.tif Vis.tif"),
-    "roadscene": Source("RoadScene (Xu 2020)", "https://github.com/hanna-xu/RoadScene", "none stated; the pictures come from FLIR ADAS", 221,
+    "roadscene": Source("RoadScene (Xu 2020)", "https://github.com/hanna-xu/RoadScene",
+                        "none stated; the pictures come from FLIR ADAS", 221,
         "ROOT/                       a clone of the repository, or ir/ and vi/ with equal names\n  cropinfrared/FLIR_*.jpg\n  crop_LR_visible/FLIR_*.jpg   (crop_HR_visible fits nothing)"),
     "msrs": Source("MSRS (Tang 2022)", "https://github.com/Linfeng-Tang/MSRS", "none stated", 1444,
         "ROOT/                       a clone of the repository, or ir/ and vi/ with equal names\n  train/ir/00001D.png ...  train/vi/00001D.png ...  [train/Segmentation_labels/]\n"
@@ -61,7 +68,8 @@ SOURCES = {
 def where(dataset: str, # "m3fd", "mfnet", "multispectral", "tno", "roadscene" or "msrs"
 ) -> Source:
     "The official page, the licence and the expected tree of a data set. Raises `CafError` on any other name."
-    if dataset not in SOURCES: raise CafError(f"there is no data set {dataset!r}", remedy=f"Choose one of {', '.join(SOURCES)}")
+    if dataset not in SOURCES:
+        raise CafError(f"there is no data set {dataset!r}", remedy=f"Choose one of {', '.join(SOURCES)}")
     return SOURCES[dataset]
 
 # %% ../../nbs/lib/05_sets.ipynb #0dc9f25e
@@ -89,9 +97,12 @@ def _find(root: Path,
     level = [root]
     for _ in range(3):
         hits = [found for place in level if None not in (found := tuple(_folder(place, *names) for names in needed))]
-        if len(hits) > 1: raise CafError(f"holds two data sets: {hits[0][0].parent} and {hits[1][0].parent}", root, "Name one of them")
+        if len(hits) > 1:
+            raise CafError(f"holds two data sets: {hits[0][0].parent} and {hits[1][0].parent}", root,
+                           "Name one of them")
         if hits: return hits[0]
-        level = [sub for place in level for sub in _entries(place, folders=True) if os.access(sub, os.R_OK | os.X_OK)] # lost+found and the like
+        # lost+found and the like
+        level = [sub for place in level for sub in _entries(place, folders=True) if os.access(sub, os.R_OK | os.X_OK)]
     return None
 
 # %% ../../nbs/lib/05_sets.ipynb #7ca9df8e
@@ -104,17 +115,22 @@ class Finding(NamedTuple):
 KINDS = { # kind -> what it means
     "no partner": "one image of a pair is missing",              "two files": "two files claim one name",
     "no label": "an image of a labelled set has no label",       "no image": "a label without its image",
-    "unreadable": "the file is no complete image",               "no thermal": "an MFNet image without its fourth channel",
+    "unreadable": "the file is no complete image",
+    "no thermal": "an MFNet image without its fourth channel",
     "constant": "every pixel of an image is the same",           "same picture": "ir and vi are one picture",
-    "size differs": "ir and vi differ in size",                  "label size": "the label belongs to an image of another size",
-    "bad label": "the label cannot be understood",               "unknown class": "the label names a class that the set does not have",
+    "size differs": "ir and vi differ in size",
+    "label size": "the label belongs to an image of another size",
+    "bad label": "the label cannot be understood",
+    "unknown class": "the label names a class that the set does not have",
     "outside": "a box reaches beyond the image",                 "empty box": "a box without area",
-    "no list": "an official list is missing",                    "split overlap": "one image in two of train, val and test",
+    "no list": "an official list is missing",
+    "split overlap": "one image in two of train, val and test",
     "scene torn": "frames of one scene in two parts",            "listed twice": "one list names an image twice",
     "listed, absent": "a list names an image that is not there", "not listed": "an image that no list names",
     "flipped copy": "a mirrored image that some copies add; left out",
     "unnamed classes": "labels number their classes and nothing names them",
-    "no boxes": "images whose label file is empty",              "black border": "images with borders that the warp left black",
+    "no boxes": "images whose label file is empty",
+    "black border": "images with borders that the warp left black",
     "near infrared only": "a scene without a thermal image"}
 NOTES = ("flipped copy", "unnamed classes", "no boxes", "black border", "near infrared only") # worth knowing, not wrong
 
@@ -146,15 +162,20 @@ def _pairs(ir: Path, vi: Path, found: list[Finding]) -> list[Item]:
     "Pairs of two folders by stem; whatever has no partner becomes a finding."
     irs, vis = _by_stem(ir, found), _by_stem(vi, found)
     found += [Finding("no partner", path, f"nothing of that name in {other.name}")
-              for files, others, other in ((irs, vis, vi), (vis, irs, ir)) for stem, path in files.items() if stem not in others]
+              for files, others, other in ((irs, vis, vi), (vis, irs, ir)) for stem, path in files.items()
+              if stem not in others]
     return [Item(stem, path, vis[stem]) for stem, path in irs.items() if stem in vis]
 
-def _labelled(items: list[Item], folder: Path, kind: str, found: list[Finding], extensions: Sequence[str], orphans: bool = True) -> list[Item]:
+def _labelled(items: list[Item], folder: Path, kind: str, found: list[Finding], extensions: Sequence[str],
+              orphans: bool = True) -> list[Item]:
     "Give each item its label file, in the field `kind`; items without one are left out."
     labels = _by_stem(folder, found, extensions)
-    found += [Finding("no label", item.vi, f"nothing of that name in {folder.name}") for item in items if item.stem not in labels]
+    found += [Finding("no label", item.vi, f"nothing of that name in {folder.name}") for item in items
+              if item.stem not in labels]
     seen = {item.stem for item in items} | {finding.file.stem for finding in found if finding.kind == "no partner"}
-    if orphans: found += [Finding("no image", path, "no pair has that name") for stem, path in labels.items() if stem not in seen]
+    if orphans:
+        found += [Finding("no image", path, "no pair has that name") for stem, path in labels.items()
+                  if stem not in seen]
     return [item._replace(**{kind: labels[item.stem]}) for item in items if item.stem in labels]
 
 # %% ../../nbs/lib/05_sets.ipynb #a8faa96a
@@ -191,30 +212,36 @@ def read_voc(path: str | Path,    # Pascal VOC xml
 ) -> tuple[list[Box], tuple[int, int] | None]: # boxes, and the (width, height) that the file states
     "Read the boxes of a Pascal VOC file. Raises `CafError` if it cannot be understood."
     text = label_text(path := Path(path))
-    if "<!DOCTYPE" in text: raise CafError("declares a document type, which no label needs", path, "Check where it comes from")
+    if "<!DOCTYPE" in text:
+        raise CafError("declares a document type, which no label needs", path, "Check where it comes from")
     try:
         tree = ET.fromstring(text)
         stated = tree.find("size")
         boxes = []
         for thing in tree.iter("object"):
             corners = [_number(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-            boxes.append(Box((thing.findtext("name") or "").strip(), *(c / side for c, side in zip(corners, (*size, *size)))))
-        return boxes, None if stated is None else tuple(int(_number(stated.findtext(key))) for key in ("width", "height"))
+            boxes.append(Box((thing.findtext("name") or "").strip(),
+                             *(c / side for c, side in zip(corners, (*size, *size)))))
+        return boxes, None if stated is None else tuple(int(_number(stated.findtext(key)))
+                                                        for key in ("width", "height"))
     except (ET.ParseError, ValueError, RecursionError) as error:
         raise CafError(f"is no Pascal VOC label ({brief(str(error))})", path, "Convert it again") from None
 
 def read_yolo(path: str | Path,     # rows: class, cx, cy, w, h
               names: Sequence[str], # the class names, in the order of the numbers
 ) -> list[Box]:
-    "Read YOLO rows. Raises `CafError` if they cannot be understood; a number beyond `names` becomes the name `class N`."
+    """Read YOLO rows. Raises `CafError` if they cannot be understood; a number beyond `names` becomes the name `class
+    N`."""
     boxes = []
     for number, line in enumerate(label_text(path := Path(path)).splitlines(), 1):
         if not line.strip(): continue
         try:
             kind, cx, cy, w, h = map(_number, line.split())
             if kind < 0 or kind != int(kind): raise ValueError(kind)
-        except ValueError: raise CafError(f"line {number} is not `class cx cy w h`: {brief(line)}", path, "Convert it again") from None
-        boxes.append(Box(names[int(kind)] if kind < len(names) else f"class {int(kind)}", cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+        except ValueError:
+            raise CafError(f"line {number} is not `class cx cy w h`: {brief(line)}", path, "Convert it again") from None
+        boxes.append(Box(names[int(kind)] if kind < len(names) else f"class {int(kind)}", cx - w / 2, cy - h / 2,
+                         cx + w / 2, cy + h / 2))
     return boxes
 
 # %% ../../nbs/lib/05_sets.ipynb #b1088199
@@ -224,9 +251,12 @@ def _listed_names(root: Path) -> tuple[str, ...] | None:
         if not path.is_file(): continue
         if path.suffix == ".txt": return tuple(line.strip() for line in label_text(path).splitlines() if line.strip())
         try: names = yaml.safe_load(label_text(path))["names"]
-        except (yaml.YAMLError, KeyError, TypeError): raise CafError("names no classes", path, "Write a list `names` into it") from None
-        if isinstance(names, dict) and all(isinstance(key, int) for key in names): names = [names[key] for key in sorted(names)]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names): raise CafError("names no classes", path, "Write a list `names` into it")
+        except (yaml.YAMLError, KeyError, TypeError):
+            raise CafError("names no classes", path, "Write a list `names` into it") from None
+        if isinstance(names, dict) and all(isinstance(key, int) for key in names):
+            names = [names[key] for key in sorted(names)]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CafError("names no classes", path, "Write a list `names` into it")
         return tuple(names)
     return None
 
@@ -236,9 +266,13 @@ def read_mask(path: str | Path, # 8-bit PNG of class numbers, gray or with a pal
 ) -> Tensor:                    # (H,W) int64
     "Read an index mask. Raises `CafError` if it is no image, is coloured, or holds a number beyond `classes`."
     mode, pixels = _decoded(path := Path(path))
-    if mode not in ("L", "P", "1", "I", "I;16"): raise CafError(f"is a picture ({mode}), not a map of class numbers", path, "Take the index masks of the archive")
+    if mode not in ("L", "P", "1", "I", "I;16"):
+        raise CafError(f"is a picture ({mode}), not a map of class numbers", path,
+                       "Take the index masks of the archive")
     mask = torch.from_numpy(pixels.astype(np.int64))
-    if mask.max() >= classes: raise CafError(f"holds class {int(mask.max())}, and the last one is {classes - 1}", path, "Take the index masks of the archive")
+    if mask.max() >= classes:
+        raise CafError(f"holds class {int(mask.max())}, and the last one is {classes - 1}", path,
+                       "Take the index masks of the archive")
     return mask
 
 @contextmanager
@@ -247,12 +281,15 @@ def decoding(path: Path) -> Iterator[None]:
     try: yield
     except CafError: raise
     except Exception as error:
-        raise CafError(f"is no complete image ({brief(str(error).replace(str(path), path.name))})", path, "Copy it again") from None
+        raise CafError(f"is no complete image ({brief(str(error).replace(str(path), path.name))})", path,
+                       "Copy it again") from None
 
 def image_size(path: Path) -> tuple[int, int]: # (width, height) in pixels
-    "What the header of an image says. Raises `CafError` if there is none, or if it claims more pixels than any camera has."
+    """What the header of an image says. Raises `CafError` if there is none, or if it claims more pixels than any camera
+    has."""
     with decoding(path), Image.open(path) as image:
-        if image.width * image.height > 10 ** 8: raise CafError(f"claims to be {image.width}x{image.height} pixels", path, "Check where it comes from")
+        if image.width * image.height > 10 ** 8:
+            raise CafError(f"claims to be {image.width}x{image.height} pixels", path, "Check where it comes from")
         return image.size
 
 def _decoded(path: Path) -> tuple[str, np.ndarray]:
@@ -264,7 +301,8 @@ def read_four(path: str | Path, # 8-bit PNG: R, G, B, thermal
 ) -> tuple[Tensor, Tensor]:     # ir (1,H,W) and vi as RGB (3,H,W), float32 in [0,1]
     "Read a pair from one MFNet file. Raises `CafError` if it has no fourth channel."
     _, pixels = _decoded(path := Path(path))
-    if pixels.ndim != 3 or pixels.shape[2] != 4: raise CafError("has no fourth channel, so the thermal image is lost", path, "Take the file of the archive")
+    if pixels.ndim != 3 or pixels.shape[2] != 4:
+        raise CafError("has no fourth channel, so the thermal image is lost", path, "Take the file of the archive")
     four = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
     return four[3:].contiguous(), four[:3].contiguous()
 
@@ -301,7 +339,8 @@ def _overlaps(items: Iterable[Item]) -> list[Finding]:
     for item in items:
         parts[item.stem] |= set(item.parts) & set(DISJOINT)
         files[item.stem] = item.vi
-    return [Finding("split overlap", files[s], " and ".join(p for p in DISJOINT if p in both)) for s, both in parts.items() if len(both) > 1]
+    return [Finding("split overlap", files[s], " and ".join(p for p in DISJOINT if p in both))
+            for s, both in parts.items() if len(both) > 1]
 
 # %% ../../nbs/lib/05_sets.ipynb #ffdb0edb
 SPLIT_VERSION = 1
@@ -330,7 +369,8 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part: part.write_text(text, encoding="utf-8", newline="")
     except (OSError, UnicodeError) as error:
-        raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or 'a file name is no text'})", path, "Choose a folder that you may write to") from None
+        raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or 'a file name is no text'})", path,
+                       "Choose a folder that you may write to") from None
 
 def write_split(path: str | Path, split: Split) -> None:
     "Write a split file in one step. Raises `CafError` if the folder cannot be written."
@@ -345,25 +385,33 @@ def read_split(path: str | Path) -> Split:
     "Read a split file back. Raises `CafError` if it is none, or of another version."
     lines = label_text(path := Path(path), 2 ** 26).splitlines()
     head = re.fullmatch(r"# caf_nb split of (\w+), version (\d+): seed (\d+), ratio (\S+) (\S+) (\S+) \(train val test\)", lines[0] if lines else "")
-    if head is None: raise CafError("is no split file: its first line is another one", path, "Make one with caf-data prepare")
-    if int(head[2]) != SPLIT_VERSION: raise CafError(f"is of version {head[2]}, and this program reads {SPLIT_VERSION}", path, "Make it again with caf-data prepare")
+    if head is None:
+        raise CafError("is no split file: its first line is another one", path, "Make one with caf-data prepare")
+    if int(head[2]) != SPLIT_VERSION:
+        raise CafError(f"is of version {head[2]}, and this program reads {SPLIT_VERSION}", path,
+                       "Make it again with caf-data prepare")
     members = []
     for number, line in enumerate(lines[1:], 2):
         if not line.strip() or line.startswith("#"): continue
         row = re.fullmatch(r"(train|val|test) (-?\d+) (.+)", line)
-        if row is None: raise CafError(f"line {number} is not `part scene stem`: {brief(line)}", path, "Make it again with caf-data prepare")
+        if row is None:
+            raise CafError(f"line {number} is not `part scene stem`: {brief(line)}", path,
+                           "Make it again with caf-data prepare")
         members.append(Member(row[1], int(row[2]), row[3]))
     try: return Split(head[1], int(head[3]), tuple(map(_number, head.groups()[3:])), members)
     except ValueError: raise CafError("states no ratio", path, "Make it again with caf-data prepare") from None
 
 # %% ../../nbs/lib/05_sets.ipynb #4e46801f
 def _with_split(items: list[Item], file: Path, dataset: str, found: list[Finding], known: set[str]) -> list[Item]:
-    "Give each item its part from a split file; torn scenes become findings. Raises `CafError` if the file belongs to another set."
+    """Give each item its part from a split file; torn scenes become findings. Raises `CafError` if the file belongs to
+    another set."""
     split = read_split(file)
-    if split.dataset != dataset: raise CafError(f"splits {split.dataset}, not {dataset}", file, "Name the file of this data set")
+    if split.dataset != dataset:
+        raise CafError(f"splits {split.dataset}, not {dataset}", file, "Name the file of this data set")
     scenes = defaultdict(set)
     for m in split.members: scenes[m.scene].add(m.part)
-    found += [Finding("scene torn", file, f"scene {scene} is in {' and '.join(sorted(parts))}") for scene, parts in scenes.items() if scene >= 0 and len(parts) > 1]
+    found += [Finding("scene torn", file, f"scene {scene} is in {' and '.join(sorted(parts))}")
+              for scene, parts in scenes.items() if scene >= 0 and len(parts) > 1]
     return _with_lists(items, {part: (file, stems) for part in DISJOINT if (stems := split.stems(part))}, found, known)
 
 # %% ../../nbs/lib/05_sets.ipynb #05851723
@@ -372,13 +420,16 @@ class Published(Sequence):
     name: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()            # of the boxes, or of the mask where there are no boxes
     mask_classes: ClassVar[tuple[str, ...]] = MFNET_CLASSES
-    synonyms: ClassVar[dict[str, str | None]] = {}     # other names in use, lower case -> a class; None: known and left out
+    # other names in use, lower case -> a class; None: known and left out
+    synonyms: ClassVar[dict[str, str | None]] = {}
     own_parts: ClassVar[tuple[str, ...]] = ()          # those that the authors publish
     extra: ClassVar[tuple[str, ...] | None] = None     # a part that "all" does not include
 
     def __init__(self, root: str | Path,                    # where the archive was unpacked
-                 split: str = "all",                        # "all", "train", "val", "test" or another part that the set has
-                 split_file: str | Path | None = None,      # of `caf-data prepare`; default: split/NAME.txt in `root`, where it exists
+                 # "all", "train", "val", "test" or another part that the set has
+                 split: str = "all",
+                 # of `caf-data prepare`; default: split/NAME.txt in `root`, where it exists
+                 split_file: str | Path | None = None,
                  names: Sequence[str] | None = None,        # what the class numbers of YOLO labels mean, in their order
     ):
         self.root, self.split = Path(root), split
@@ -388,11 +439,13 @@ class Published(Sequence):
             raise CafError(f"{self.name} has no part {split!r} here; it has {', '.join(['all', *parts])}", self.root,
                            f"Make a split with: caf-data prepare ROOT --dataset {self.name} --out DIR, and pass its split/{self.name}.txt")
         self.listed = listing.items      # all complete pairs; `items` are those of the part
-        self.items = [item for item in self.listed if split in item.parts or (split == "all" and item.parts != self.extra)]
+        self.items = [item for item in self.listed if split in item.parts
+                      or (split == "all" and item.parts != self.extra)]
         self.findings = listing.findings # what was left out, and why
         if not self.items:
             first = next((f" ({f.file.name}: {f.kind}, {f.detail})" for f in self.findings), "")
-            raise CafError(f"holds no complete pair of {self.name}{first}", self.root, f"See the expected tree with: caf-data where {self.name}")
+            raise CafError(f"holds no complete pair of {self.name}{first}", self.root,
+                           f"See the expected tree with: caf-data where {self.name}")
         rows = next((item.boxes for item in self.listed if item.boxes and item.boxes.suffix.lower() == ".txt"), None)
         self.names = tuple(names) if names is not None else _listed_names(rows.parent.parent) if rows else None
 
@@ -411,11 +464,13 @@ class Published(Sequence):
 
     @classmethod
     def unknown_layout(cls, root: Path, looked_for: str) -> CafError:
-        return CafError(f"does not look like {cls.name}: there is no {looked_for}", root, f"See the expected tree with: caf-data where {cls.name}")
+        return CafError(f"does not look like {cls.name}: there is no {looked_for}", root,
+                        f"See the expected tree with: caf-data where {cls.name}")
 
     @classmethod
     def class_of(cls, name: str) -> int | None:
-        "The number of a class, or None where the set knows it and `caf_nb` leaves it out. Raises `KeyError` on other names."
+        """The number of a class, or None where the set knows it and `caf_nb` leaves it out. Raises `KeyError` on other
+        names."""
         known = {c.lower(): i for i, c in enumerate(cls.classes)}
         key = name.lower()
         if key not in known and cls.synonyms[key] is None: return None
@@ -428,8 +483,11 @@ class Published(Sequence):
         item = self.items[i]
         ir, vi = self.images(item)
         h, w = ir.shape[1:]
-        mask = torch.zeros(h, w, dtype=torch.long) if item.mask is None else read_mask(item.mask, len(self.mask_classes))
-        if mask.shape != (h, w): raise CafError(f"is {mask.shape[1]}x{mask.shape[0]} and the image {w}x{h} pixels", item.mask, "Take the masks of the archive")
+        mask = torch.zeros(h, w, dtype=torch.long) if item.mask is None else read_mask(item.mask,
+                                                                                       len(self.mask_classes))
+        if mask.shape != (h, w):
+            raise CafError(f"is {mask.shape[1]}x{mask.shape[0]} and the image {w}x{h} pixels", item.mask,
+                           "Take the masks of the archive")
         return Scene(item.stem, ir, vi, self.rows(item, (w, h)), mask)
 
     def images(self, item: Item) -> tuple[Tensor, Tensor]:
@@ -437,11 +495,13 @@ class Published(Sequence):
         return read_pair(item.ir, item.vi)
 
     def boxes(self, item: Item, size: tuple[int, int]) -> tuple[list[Box], tuple[int, int] | None]:
-        "The boxes of an item as written, and the image size that the label states. Raises `CafError` if they cannot be understood."
+        """The boxes of an item as written, and the image size that the label states. Raises `CafError` if they cannot
+        be understood."""
         if item.boxes is None: return [], None
         if item.boxes.suffix.lower() == ".xml": return read_voc(item.boxes, size)
         if self.names is None:
-            raise CafError("numbers its classes and nothing says what the numbers mean", item.boxes, "Pass names=, or put a classes.txt beside the folder")
+            raise CafError("numbers its classes and nothing says what the numbers mean", item.boxes,
+                           "Pass names=, or put a classes.txt beside the folder")
         return read_yolo(item.boxes, self.names), None
 
     def rows(self, item: Item, size: tuple[int, int]) -> Tensor:
@@ -450,9 +510,11 @@ class Published(Sequence):
         for box in self.boxes(item, size)[0]:
             try: number = self.class_of(box.name)
             except KeyError:
-                raise CafError(f"names the class {brief(box.name)}, which {self.name} does not have", item.boxes, f"Its classes are {', '.join(self.classes)}") from None
+                raise CafError(f"names the class {brief(box.name)}, which {self.name} does not have", item.boxes,
+                               f"Its classes are {', '.join(self.classes)}") from None
             x0, y0, x1, y1 = (min(max(v, 0.), 1.) for v in box[1:])
-            if number is not None and x1 > x0 and y1 > y0: rows.append((number, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+            if number is not None and x1 > x0 and y1 > y0:
+                rows.append((number, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
         return torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
 
 # %% ../../nbs/lib/05_sets.ipynb #01696a41
@@ -483,9 +545,12 @@ class MFNet(Published):
         items = [Item(s, p, p) for s, p in _by_stem(place[0], found).items() if not s.endswith("_flip")]
         known = {item.stem for item in items}
         items = _labelled(items, place[1], "mask", found, EXTENSIONS, orphans=False)
-        found += [Finding("no image", p, "no image has that name") for s, p in _by_stem(place[1], []).items() if s not in known and not s.endswith("_flip")]
-        lists = {part: file for part in (*cls.own_parts, "test_day", "test_night") if (file := place[0].parent/f"{part}.txt").is_file()}
-        found += [Finding("no list", place[0].parent/f"{part}.txt", "the official list is not there") for part in cls.own_parts if part not in lists]
+        found += [Finding("no image", p, "no image has that name") for s, p in _by_stem(place[1], []).items()
+                  if s not in known and not s.endswith("_flip")]
+        lists = {part: file for part in (*cls.own_parts, "test_day", "test_night")
+                 if (file := place[0].parent/f"{part}.txt").is_file()}
+        found += [Finding("no list", place[0].parent/f"{part}.txt", "the official list is not there")
+                  for part in cls.own_parts if part not in lists]
         return _with_lists(items, {part: (file, _read_list(file)) for part, file in lists.items()}, found, known)
 
     def images(self, item: Item) -> tuple[Tensor, Tensor]: return read_four(item.ir)
@@ -498,19 +563,23 @@ class Multispectral(Published):
 
     @classmethod
     def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
-        place = _find(root, ("convertedimages",), ("annotations_convertedsummarized", "annotations_converted"), ("vis_ok",))
-        if place is None: raise cls.unknown_layout(root, "ConvertedImages beside Annotations_ConvertedSummarized and vis_ok")
+        place = _find(root, ("convertedimages",), ("annotations_convertedsummarized", "annotations_converted"),
+                      ("vis_ok",))
+        if place is None:
+            raise cls.unknown_layout(root, "ConvertedImages beside Annotations_ConvertedSummarized and vis_ok")
         ir, vi = _folder(place[0], "fir"), _folder(place[0], "rgb")
         if ir is None or vi is None: raise cls.unknown_layout(root, "fir beside rgb in ConvertedImages")
         pairs = _pairs(ir, vi, found)
         known = {item.stem for item in pairs} | {f.file.stem for f in found}
-        items = _labelled(pairs, place[1], "boxes", found, (".xml",), orphans=False) # more frames were labelled than warped
+        # more frames were labelled than warped
+        items = _labelled(pairs, place[1], "boxes", found, (".xml",), orphans=False)
         test = list(_by_stem(place[2], found))
         rest = [item.stem for item in items if item.stem not in set(test)]
         return _with_lists(items, {"train": (vi, rest), "test": (place[2], test)}, found, known)
 
 # %% ../../nbs/lib/05_sets.ipynb #2290fb55
-_TNO_WORDS = {"ir": "ir", "lwir": "ir", "rad": "ir", "thermal": "ir", "vis": "vi", "visual": "vi", "dhv": "vi", "nir": "nir", "ii": "nir", "rgb": "other", "fused": "other"}
+_TNO_WORDS = {"ir": "ir", "lwir": "ir", "rad": "ir", "thermal": "ir", "vis": "vi", "visual": "vi", "dhv": "vi",
+              "nir": "nir", "ii": "nir", "rgb": "other", "fused": "other"}
 
 def _tno_kind(path: Path) -> str | None:
     "What a TNO file shows, from its name: ir, vi, nir, other, or None where nothing tells."
@@ -538,7 +607,9 @@ def _tno_scene(root: Path, folder: Path, files: list[Path], found: list[Finding]
         for path in kinds[kind]: frames[frame(path)].append(path)
     for key in sorted({*by_frame["ir"], *by_frame["vi"]}, key=natural):
         irs, vis = by_frame["ir"][key], by_frame["vi"][key]
-        if len(irs) > 1 or len(vis) > 1: found.append(Finding("two files", max(irs, vis, key=len)[1], f"{max(irs, vis, key=len)[0].name} shows the same"))
+        if len(irs) > 1 or len(vis) > 1:
+            found.append(Finding("two files", max(irs, vis, key=len)[1],
+                                 f"{max(irs, vis, key=len)[0].name} shows the same"))
         if irs and vis: yield Item(f"{name}-{key}" if key else name, irs[0], vis[0])
         elif vis and by_frame["nir"]: found.append(Finding("near infrared only", vis[0], "left out"))
         else: found.append(Finding("no partner", (irs or vis)[0], "no image of the other camera"))
@@ -571,7 +642,8 @@ class RoadScene(Published):
         return _pairs(*place, found)
 
 class MSRS(Published):
-    "MSRS (Tang 2022): 1,444 road scenes in the official parts train and test; masks where Segmentation_labels is there, boxes in the part detection."
+    """MSRS (Tang 2022): 1,444 road scenes in the official parts train and test; masks where Segmentation_labels is
+    there, boxes in the part detection."""
     name, classes, own_parts = "msrs", ("person", "car", "bike"), ("train", "test", "detection")
     extra = ("detection",) # not among the 1,444
     synonyms = {"people": "person", "pedestrian": "person", "bicycle": "bike"}
@@ -582,7 +654,8 @@ class MSRS(Published):
         if place is None:
             if flat := _find(root, _IR, _VI): return _pairs(*flat, found)
             raise cls.unknown_layout(root, "train beside test, each with ir and vi")
-        return [item for part in cls.own_parts if (folder := _folder(place[0].parent, part)) for item in cls._part(folder, part, found)]
+        return [item for part in cls.own_parts if (folder := _folder(place[0].parent, part))
+                for item in cls._part(folder, part, found)]
 
     @classmethod
     def _part(cls, folder: Path, part: str, found: list[Finding]) -> list[Item]:
@@ -595,12 +668,14 @@ class MSRS(Published):
         return _labelled(items, masks, "mask", found, EXTENSIONS) if masks else items
 
 # %% ../../nbs/lib/05_sets.ipynb #9bc4c466
-READERS: dict[str, type[Published]] = {reader.name: reader for reader in (M3FD, MFNet, Multispectral, TNO, RoadScene, MSRS)}
+READERS: dict[str,
+              type[Published]] = {reader.name: reader for reader in (M3FD, MFNet, Multispectral, TNO, RoadScene, MSRS)}
 
 def load_dataset(name: str,                            # a key of `READERS`
                  root: str | Path,                     # where the archive was unpacked
                  split: str = "all",                   # "all", "train", "val", "test"
-                 split_file: str | Path | None = None, # of `caf-data prepare`; default: split/NAME.txt in `root`, where it exists
+                 # of `caf-data prepare`; default: split/NAME.txt in `root`, where it exists
+                 split_file: str | Path | None = None,
                  names: Sequence[str] | None = None,   # classes of YOLO labels, in the order of their numbers
 ) -> Published:                                        # a Sequence of `Scene`s, decoded when they are asked for
     "One part of a published data set. Raises `CafError` if the name, the layout or the part is unknown."

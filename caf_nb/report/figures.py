@@ -36,20 +36,23 @@ def telling_windows(ir: Tensor,       # (1,H,W) in [0,1]
                     vi: Tensor,       # (1,H,W) or (3,H,W), aligned
                     side: int | None = None, # in pixels; None: a fifth of the shorter side
                     around: Tensor | None = None, # (n,5) labelled boxes; None: windows anywhere
-) -> list[Window]:                    # at most two that do not overlap: where ir knows more than vi, and where vi knows more than ir
+# at most two that do not overlap: where ir knows more than vi, and where vi knows more than ir
+) -> list[Window]:
     "Where a fusion has something to lose."
     strong = [edges(luma(image)[None]) for image in (ir, vi)]
     side = side or min(ir.shape[1:]) // 5
     h, w = (n - side + 1 for n in ir.shape[1:]) # places for the corner of a window
     allowed = torch.ones(h, w, dtype=torch.bool) if around is None else torch.zeros(h, w, dtype=torch.bool)
-    for left, top in ((around[:, 1:3] * torch.tensor(ir.shape[:0:-1]) - side / 2).round().long().tolist() if around is not None else ()):
+    for left, top in ((around[:, 1:3] * torch.tensor(ir.shape[:0:-1]) - side / 2).round().long().tolist()
+                      if around is not None else ()):
         allowed[min(max(top, 0), h - 1), min(max(left, 0), w - 1)] = True
     found: list[Window] = []
     for here, there in (strong, strong[::-1]):
         if not allowed.any(): break
         score = avg_pool2d((here - there).clamp_min(0), side, stride=1)[0, 0].masked_fill(~allowed, -1)
         found.append(window := Window(*divmod(score.argmax().item(), w), side))
-        allowed[max(window.top - side + 1, 0):window.top + side, max(window.left - side + 1, 0):window.left + side] = False
+        allowed[max(window.top - side + 1, 0):window.top + side,
+                max(window.left - side + 1, 0):window.left + side] = False
     return found
 
 # %% ../../nbs/lib/35_figures.ipynb #5b14e844
@@ -72,7 +75,8 @@ def labelled(scene: Scene,
 _FRAMES = ("#f0e442", "#56b4e9")  # of the first and second window
 _NAMES = tuple(dict.fromkeys((*M3FD_CLASSES, *MULTISPECTRAL_CLASSES)))
 
-def _colour(name: str) -> tuple: return plt.get_cmap("tab20")((2 * _NAMES.index(name) + _NAMES.index(name) // 10) % 20 if name in _NAMES else 14)
+def _colour(name: str) -> tuple:
+    return plt.get_cmap("tab20")((2 * _NAMES.index(name) + _NAMES.index(name) // 10) % 20 if name in _NAMES else 14)
 
 def _view(ax: Axes, pixels: Tensor, window: Window | None, corner: tuple[float, float], width: float,
           boxes: Boxes | None, named: bool = True) -> Rectangle:
@@ -80,16 +84,19 @@ def _view(ax: Axes, pixels: Tensor, window: Window | None, corner: tuple[float, 
     (left, top), (h, w) = corner, pixels.shape[:2]
     y, x, tall, wide = (window.top, window.left, window.side, window.side) if window else (0, 0, h, w)
     zoom = width / wide
-    ax.imshow(pixels[y:y + tall, x:x + wide], extent=(left, left + width, top + tall * zoom, top), cmap="gray", vmin=0, vmax=1)
+    ax.imshow(pixels[y:y + tall, x:x + wide], extent=(left, left + width, top + tall * zoom, top), cmap="gray", vmin=0,
+              vmax=1)
     frame = ax.add_patch(Rectangle(corner, width, tall * zoom, fill=False, lw=0))
     for i, (x0, y0, x1, y1) in enumerate(boxes.corners.tolist() if boxes else ()):
         if x1 <= x or y1 <= y or x0 >= x + wide or y0 >= y + tall: continue
         at, colour = (left + (x0 - x) * zoom, top + (y0 - y) * zoom), _colour(boxes.labels[i])
-        ax.add_patch(Rectangle(at, (x1 - x0) * zoom, (y1 - y0) * zoom, fill=False, ec=colour, lw=1)).set_clip_path(frame)
+        ax.add_patch(Rectangle(at, (x1 - x0) * zoom, (y1 - y0) * zoom, fill=False, ec=colour,
+                               lw=1)).set_clip_path(frame)
         if not named: continue
         said = boxes.labels[i] + ("" if boxes.scores is None else f" {boxes.scores[i]:.2f}")
         place = min(max(at[0], left), left + 0.9 * width), max(at[1], top)
-        ax.text(*place, said, fontsize=5, color="white", va="top", clip_on=True, bbox=dict(fc=colour, ec="none", pad=0.4)).set_clip_path(frame)
+        ax.text(*place, said, fontsize=5, color="white", va="top", clip_on=True,
+                bbox=dict(fc=colour, ec="none", pad=0.4)).set_clip_path(frame)
     return frame
 
 def _panel(ax: Axes, image: Tensor, windows: Sequence[Window], boxes: Boxes | None = None) -> None:
@@ -104,9 +111,11 @@ def _panel(ax: Axes, image: Tensor, windows: Sequence[Window], boxes: Boxes | No
     ax.set(xlim=(0, w), ylim=(h + (gap + each if windows else 0), 0))
     ax.axis("off")
 
-def show_insets(pictures: Mapping[str, Tensor],    # method -> picture of one pair, (1,H,W) or (3,H,W), uint8 or float in [0,1]
+# method -> picture of one pair, (1,H,W) or (3,H,W), uint8 or float in [0,1]
+def show_insets(pictures: Mapping[str, Tensor],
                 windows: Sequence[Window] = (),    # at most two, the same for all
-                notes: Mapping[str, str] | None = None, # method -> a line below its name, such as where its weights come from
+                # method -> a line below its name, such as where its weights come from
+                notes: Mapping[str, str] | None = None,
                 columns: int | None = None,        # panels a row; None: 4 or 5, whichever leaves fewer gaps
                 boxes: Mapping[str, Boxes] | None = None, # method -> objects to draw
                 width: float = 1.8,                # of a panel, in inches
@@ -114,11 +123,13 @@ def show_insets(pictures: Mapping[str, Tensor],    # method -> picture of one pa
     "One pair as each method fuses it, with magnified details. Raises `CafError` if a picture has another size."
     sizes = {method: tuple(image.shape[1:]) for method, image in pictures.items()}
     if odd := [m for m, size in sizes.items() if size != next(iter(sizes.values()))]:
-        raise CafError(f"the picture of {odd[0]} has another size than that of {next(iter(sizes))}", remedy="Show one pair at a time, at its full size")
+        raise CafError(f"the picture of {odd[0]} has another size than that of {next(iter(sizes))}",
+                       remedy="Show one pair at a time, at its full size")
     columns = min(columns or min((4, 5), key=lambda c: -len(pictures) % c), len(pictures))
     (h, w), rows = next(iter(sizes.values())), -(-len(pictures) // columns)
     tall = width * (h / w + (1 / len(windows) if windows else 0)) + 0.35
-    axes = plt.subplots(rows, columns, figsize=(width * columns, rows * tall), layout="constrained", squeeze=False)[1].ravel().tolist()
+    axes = plt.subplots(rows, columns, figsize=(width * columns, rows * tall), layout="constrained",
+                        squeeze=False)[1].ravel().tolist()
     for ax, (method, image) in zip(axes, pictures.items()):
         _panel(ax, image, windows, (boxes or {}).get(method))
         ax.set_title("\n".join(filter(None, (row_style(method).title, (notes or {}).get(method)))), fontsize=7)
@@ -132,7 +143,8 @@ def available_rows(stages: Mapping[str, Any], # row -> its stage
             seed: int,
 ) -> list[str]:
     "The rows whose stages are finished on this machine, or that have no numbers yet."
-    return [row for row, stage in stages.items() if stage.infra.status() == "completed" or read_cell(stage, cell_file(cells, dataset, row, seed)) is None]
+    return [row for row, stage in stages.items() if stage.infra.status() == "completed"
+            or read_cell(stage, cell_file(cells, dataset, row, seed)) is None]
 
 def show_fused(folders: Mapping[str, Path],  # method -> folder that `FuseDataset` wrote
                which: int = 0,               # number of the test picture
@@ -141,7 +153,8 @@ def show_fused(folders: Mapping[str, Path],  # method -> folder that `FuseDatase
     pictures = {}
     for method, folder in folders.items():
         files = sorted((folder/"images"/"test").glob("*.png"))
-        if which >= len(files): raise CafError(f"there are only {len(files)} test pictures", folder, "Ask for an earlier one")
+        if which >= len(files):
+            raise CafError(f"there are only {len(files)} test pictures", folder, "Ask for an earlier one")
         pictures[method] = read_image(files[which])
     return show_insets(pictures) if pictures else []
 
@@ -161,10 +174,13 @@ def detect(detector: Detector,
         finally: detector.train(training)
         kept = nms.non_max_suppression(raw, confidence, overlap, max_det=most, nc=len(detector.classes))
     limit = torch.tensor([w, h, w, h])
-    return [Boxes(rows[:, :4].cpu().clamp_min(0).minimum(limit), tuple(detector.classes[int(c)] for c in rows[:, 5]), rows[:, 4].cpu()) for rows in kept]
+    return [Boxes(rows[:, :4].cpu().clamp_min(0).minimum(limit), tuple(detector.classes[int(c)] for c in rows[:, 5]),
+                  rows[:, 4].cpu()) for rows in kept]
 
 # %% ../../nbs/lib/35_figures.ipynb #1eab7466
-MFNET_COLOURS = dict(zip(MFNET_CLASSES, ((0, 0, 0), (64, 0, 128), (64, 64, 0), (0, 128, 192), (0, 0, 192), (128, 128, 0), (64, 64, 128), (192, 128, 128), (192, 64, 0))))
+MFNET_COLOURS = dict(zip(MFNET_CLASSES,
+                         ((0, 0, 0), (64, 0, 128), (64, 64, 0), (0, 128, 192), (0, 0, 192), (128, 128, 0),
+                          (64, 64, 128), (192, 128, 128), (192, 64, 0))))
 
 def painted(picture: Tensor,        # (1,H,W) or (3,H,W), uint8 or float in [0,1]
             mask: Tensor,           # (H,W) index of MFNET_CLASSES
@@ -181,7 +197,8 @@ def class_legend(ax: Axes,               # one of the figure
     "Name the classes that occur, below the figure."
     shown = sorted({int(i) for mask in masks for i in mask.unique()} - {0})
     patches = [Patch(color=[c / 255 for c in MFNET_COLOURS[MFNET_CLASSES[i]]], label=MFNET_CLASSES[i]) for i in shown]
-    if patches: ax.figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=7, frameon=False)
+    if patches:
+        ax.figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=7, frameon=False)
 
 # %% ../../nbs/lib/35_figures.ipynb #1af676f1
 def rich_scenes(scenes: Sequence[Scene],

@@ -149,7 +149,8 @@ def build_report(profile: str,                  # smoke, mini or paper
                  notebooks: str | Path = "nbs",
                  roots: Mapping[str, str] = {}, # data_root, weights_root, fused_root, as the notebooks take them
                  fresh: bool = False,           # execute also what has not changed
-                 jobs: int = 0,                 # notebooks at a time; 0: one on a CUDA device, which they would share, else two
+                 # notebooks at a time; 0: one on a CUDA device, which they would share, else two
+                 jobs: int = 0,
 ) -> tuple[Path, dict[str, Ran]]:               # the page, and what was executed
     "Execute every paper notebook and make the page. Raises `CafError` on an unknown profile or if Sphinx fails."
     chosen, paths, docs = Profile.named(profile), paper_notebooks(notebooks), Path(notebooks).resolve().parent/"docs"

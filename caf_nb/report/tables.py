@@ -198,10 +198,13 @@ def at_a_glance(columns: Sequence[tuple[int, str, str]], # (number of the table,
     for n, dataset, metric in columns:
         name, printed = metric if dataset == "fused" else f"{metric}, {dataset}", paper_table(n)
         values = printed.get((dataset, metric), pd.Series(np.nan, printed.index))
-        found[name, "paper"] = {row: (v, "–" if np.isnan(v) else number_format(metric).format(v)) for row, v in values.items()}
+        found[name,
+              "paper"] = {row: (v, "–" if np.isnan(v) else number_format(metric).format(v))
+                          for row, v in values.items()}
         for who, folder in (("mini", committed), ("this run", cells)):
             found[name, who] = {row: _of_seeds(folder, dataset, row, metric) for row in printed.index}
-    numbers, texts = (pd.DataFrame({c: {row_style(row).title: v[i] for row, v in rows.items()} for c, rows in found.items()}) for i in (0, 1))
+    numbers, texts = (pd.DataFrame({c: {row_style(row).title: v[i] for row, v in rows.items()}
+                                    for c, rows in found.items()}) for i in (0, 1))
     style = texts.style.apply(lambda column: mark_best(numbers[column.name]))
     looks = "text-align: right; white-space: nowrap; padding: 2px 8px"
     return style.set_table_styles([{"selector": "td, th", "props": looks}])

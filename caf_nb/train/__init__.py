@@ -19,5 +19,7 @@ from caf_nb.train.segmenter import (
 from .joint import train_joint
 
 # %% ../../nbs/lib/26_train.ipynb #6022b1d6
-_all_ = ["DetectionScores", "DetectorResult", "evaluate_detector", "finetune_detector", "write_yolo_folder", "FixedLoss", "caf_recipe", "train_fusion", "train_joint", "History",
-         "MaskFolder", "SegmentationScores", "SegmenterResult", "evaluate_segmenter", "finetune_segmenter", "write_mask_folder"]
+_all_ = ["DetectionScores", "DetectorResult", "evaluate_detector", "finetune_detector", "write_yolo_folder",
+         "FixedLoss", "caf_recipe", "train_fusion", "train_joint", "History",
+         "MaskFolder", "SegmentationScores", "SegmenterResult", "evaluate_segmenter", "finetune_segmenter",
+         "write_mask_folder"]
