@@ -509,7 +509,7 @@ def test_a_torn_archive_is_not_prepared(tree, tmp_path):
 def test_killed_and_started_again(tmp_path):
     "Whatever a killed run leaves, the next one ends with the same files as a run that nobody disturbed."
     published.film(tmp_path / "m3fd", places=12, frames=5)
-    code = "import sys; from caf_nb.cli_data import data_app; data_app(sys.argv[1:])"
+    code = "import sys; from caf_nb.cli import data_app; data_app(sys.argv[1:])"
     def start(out):
         words = ["prepare", tmp_path / "m3fd", "--dataset", "m3fd", "--out", tmp_path / out, "--size", "32"]
         return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
