@@ -7,6 +7,7 @@ __all__ = ['fuse_app', 'eval_app', 'report_app', 'data_app', 'caf_fuse', 'caf_ev
            'caf_data_prepare', 'caf_data_where']
 
 # %% ../nbs/lib/38_cli.ipynb #c5089738
+import signal
 import sys
 import tempfile
 import warnings
@@ -184,6 +185,7 @@ def caf_report(
         from caf_nb.report import build_report
         inputs = _existing(data_root), _existing(weights_root), _existing(fused_root)
         _look_first(profile, out, inputs, yes)
+        signal.signal(signal.SIGTERM, signal.default_int_handler) # ends the kernels too, as Ctrl-C does
         roots = dict(zip(("data_root", "weights_root", "fused_root"), inputs))
         page, ran = build_report(profile, out, notebooks, roots, fresh, jobs)
         failed, reused = sum(bool(r.error) for r in ran.values()), sum(r.reused for r in ran.values())

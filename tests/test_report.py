@@ -70,15 +70,16 @@ def test_a_kernel_that_dies_is_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_report_stops_its_notebooks(tmp_path):
-    "After SIGINT to the report alone, no process of it is left, kernels included."
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_report_stops_its_notebooks(tmp_path, how):
+    "After a signal to the report alone, no process of it is left, kernels included."
     notebook(tmp_path / "nbs/table1.ipynb", GIVEN, (f"import os, time; open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid())); time.sleep(600)", []))
     command = [sys.executable, "-c", "from caf_nb.cli import report_app; report_app()", "--out", str(tmp_path / "out"), "--notebooks", str(tmp_path / "nbs")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(600):
         if (tmp_path / "kernel").is_file() and (tmp_path / "kernel").read_text(): break
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     assert process.wait(60) != 0
     kernel = int((tmp_path / "kernel").read_text())
     for _ in range(150):
