@@ -198,8 +198,11 @@ def check_finite(value: Tensor, # scalar
                     remedy="Lower the learning rate, or look for broken images")
 
 # %% ../nbs/lib/03_loop.ipynb #0ae5c770
-def _gradients(optimizer: Optimizer) -> list[Tensor]: # parameters with a gradient
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _trained(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+def _norm(optimizer: Optimizer) -> Tensor: # of the gradient
+    return get_total_norm([p.grad for p in _trained(optimizer) if p.grad is not None])
 
 def backward(loss: Tensor,          # scalar
              optimizer: Optimizer,
@@ -210,7 +213,7 @@ def backward(loss: Tensor,          # scalar
     check_finite(loss.detach(), name, step)
     optimizer.zero_grad()
     loss.backward()
-    norm = get_total_norm(p.grad for p in _gradients(optimizer))
+    norm = _norm(optimizer)
     check_finite(norm, f"the gradient of {name}", step)
     return norm
 
@@ -219,7 +222,7 @@ def move(optimizer: Optimizer,
          max_norm: float | None,  # a longer gradient is scaled down to it; None: never
 ) -> None:
     "The step of `optimizer`."
-    if max_norm is not None: clip_grads_with_norm_(_gradients(optimizer), max_norm, norm)
+    if max_norm is not None: clip_grads_with_norm_(_trained(optimizer), max_norm, norm)
     optimizer.step()
 
 # %% ../nbs/lib/03_loop.ipynb #6a139041
@@ -280,11 +283,10 @@ class Engine:
     def autocast(self) -> AbstractContextManager:
         return nullcontext() if self.half is None else torch.autocast(self.where.type, self.half)
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def place(self, module: nn.Module) -> None:
         module.to(self.where)
         if self.processes > 1:
             for t in module.state_dict().values(): optional("accelerate.utils", "train").broadcast(t.detach())
-        return module
 
     def prepare(self, module: nn.Module) -> nn.Module:
         return self.accelerator.prepare_model(module, device_placement=False) if self.processes > 1 else module
@@ -322,8 +324,7 @@ def descend_in_parts(engine: Engine,
             weight = part.weight * engine.processes  # gradients are averaged over the processes
             engine.scaler.scale(value * weight).backward()
         total += value.detach().view(()) * part.weight
-    if not engine.scaler.is_enabled():
-        check_finite(get_total_norm(p.grad for p in _gradients(optimizer)), "the gradient of the loss", step)
+    if not engine.scaler.is_enabled(): check_finite(_norm(optimizer), "the gradient of the loss", step)
     engine.scaler.step(optimizer)
     engine.scaler.update()
     return engine.accelerator.reduce(total, "sum").item()
@@ -352,7 +353,7 @@ class Log:
                  start: int = 0,  # the step with which this run begins
     ):
         tensorboard = None if folder is None else optional("torch.utils.tensorboard", "train")
-        self.writer = tensorboard and tensorboard.SummaryWriter(str(folder), purge_step=start)
+        self.writer: Any = tensorboard and tensorboard.SummaryWriter(str(folder), purge_step=start)
 
     def __bool__(self) -> bool: return self.writer is not None
     def __enter__(self) -> "Log": return self
@@ -373,17 +374,18 @@ class Log:
 # %% ../nbs/lib/03_loop.ipynb #d8cbdd1c
 class Training:
     "A training under way. A subclass takes the steps and names the parts of the state."
-    total: int       # steps, unless something ends it earlier
-    finished: bool
-    title = ""       # of the bar; default: `name`
+    total: int  # steps, unless something ends it earlier
+    title = ""  # of the bar; default: `name`
 
     def __init__(self, name: str,                # of its state file
                  where: torch.device,
-                 engine: Engine | None = None,   # None: one process in float32
+                 engine: Any = None,             # an Engine; None: one process in float32
     ):
         self.name, self.where, self.engine, self.main = name, where, engine, engine is None or engine.main
         self.losses: list[float] = []  # one a step
 
+    @property
+    def finished(self) -> bool: return len(self.losses) == self.total
     def about(self) -> dict[str, Any]: raise NotImplementedError  # settings, seed, data, fingerprints
     def begin(self) -> None: "What happens before the first step, unless a state is resumed."
     def step(self) -> None: raise NotImplementedError  # appends to `losses`

@@ -212,18 +212,17 @@ def search(net: nn.Module,             # fusion network, changed in place, left 
            progress: bool = True,      # show a bar
            beta: Tensor | None = None, # (15,) weights to start from, on the simplex; default equal ones
            folder: str | Path | None = None, # where the state is kept (search.pt) and resumed from
-           # steps between two states; raise it where a step is quick and the networks are large
-           save_every: int = 1,
+           save_every: int = 1,        # steps between two states; raise it where a step is quick
 ) -> SearchResult:
-    """Search the weights of `space` for `task`. Deterministic for a seed on one device, and resumable to the bit. Source: paper, Algorithm 1.
-    Raises `CafError` on bad input, and `NotFinite` with step, term and batch if a loss or gradient is not finite; the last good state is then in `folder`."""
+    """Search the weights of `space` for `task`. Deterministic for a seed on one device, and resumable to the bit.
+    Raises `CafError` on bad input, and `NotFinite` with step, term and batch if a loss or gradient is not finite;
+    the last good state is then in `folder`. Source: paper, Algorithm 1."""
     if not len(train) or not len(val):
         raise CafError("a split is empty", remedy="Search needs training and validation scenes")
     start = torch.zeros(len(TERMS)) if beta is None else logits(beta.detach())
     about = {"settings": settings.model_dump_json(exclude_defaults=True), "seed": seed,
-             "scenes": f"{len(train)} and {len(val)}",
-             "variant": space.variant, "network": type(net).__name__, "task": type(task).__name__,
-             "start": start.tolist()}
+             "scenes": f"{len(train)} and {len(val)}", "variant": space.variant, "network": type(net).__name__,
+             "task": type(task).__name__, "start": start.tolist()}
     with seeded(seed):
         found = _Search(_Players(net, task, space, train, val, settings, seed, start), about)
         play(found, folder, save_every, progress)

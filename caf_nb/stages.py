@@ -352,9 +352,9 @@ class TrainJoint(_FusionTraining):
         found, space, where = self.loss.run(), LossSpace(self.loss.variant, load_vgg(self.loss.vgg)), device()
         net, settings = _initial_network(self).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
-        history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")),
-                              self.settings,
-                              self.weight, self.lr_task, self.seed)
+        history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,
+                              self.weight, self.lr_task, self.seed,
+                              folder=_optional_folder(self.infra, "training"))
         made = (f"{self.network} from {_initial(self)} jointly with {task.model} from {task.provenance}, "
                 f"task loss times {self.weight:g}, {len(history.losses)} steps")
         return _trained(net, history, found.provenance, made)

@@ -168,8 +168,8 @@ def evaluate_detector(detector: Detector,
         validator = DetectionValidator(args=options)
         validator(model=detector.net)  # works on a copy
     box = validator.metrics.box
-    ap = dict.fromkeys(detector.classes,
-                       math.nan) | {detector.classes[i]: float(v) for i, v in zip(box.ap_class_index, box.ap)}
+    ap = dict.fromkeys(detector.classes, math.nan)
+    ap |= {detector.classes[i]: float(v) for i, v in zip(box.ap_class_index, box.ap)}
     return DetectionScores(ap, float(box.map), float(box.map50))
 
 def _data_file(data: str | Path) -> Path: return Path(data)/"data.yaml" if Path(data).is_dir() else Path(data)
@@ -177,7 +177,8 @@ def _data_file(data: str | Path) -> Path: return Path(data)/"data.yaml" if Path(
 # %% ../../nbs/lib/23_detector_training.ipynb #d1a12f36
 def _generators(where: torch.device) -> dict[str, Any]:
     "The states of all random generators, in tensors and plain numbers."
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": generator_states(where)}
 
 def _set_generators(state: dict[str, Any], where: torch.device) -> None:
@@ -231,6 +232,9 @@ class _Steps(_Theirs):
 # %% ../../nbs/lib/23_detector_training.ipynb #e2d6d7d7
 class _Files(_Theirs):
     "Whole files, and no validation that nobody asked for."
+    wdir: Path
+    last: Path
+    best: Path
 
     def validate(self) -> tuple[dict, float | None]: return super().validate() if self.given.select_best else ({}, None)
 
@@ -280,7 +284,7 @@ class _Course(_Theirs):
             raise CafError(f"the loss is {self.losses[-1]} in epoch {len(self.losses)}",
                            remedy="Lower the learning rate (lr0=...)")
         self.bar.update()
-        if not self.writer: return
+        if not self.writer or self.seen is None: return
         rate = self.optimizer.param_groups[0]["lr"]
         self.writer.scalars(self.epoch + 1, detector__loss=self.losses[-1], detector__lr=rate, **parts)
         self.writer.grid(self.epoch + 1, "training images", [self.seen])
@@ -420,8 +424,8 @@ def finetune_detector(detector: Detector,                  # where it starts; ta
                       log: str | Path | None = None,       # folder for TensorBoard
                       **recipe: Any,                       # options of ultralytics, such as mosaic=0.0
 ) -> DetectorResult:
-    """Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Deterministic for a seed on one CPU, and resumable to the bit.
-    Raises `CafError` on unusable folders and on a state of another training."""
+    """Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Deterministic for a seed
+    on one CPU, and resumable to the bit. Raises `CafError` on unusable folders and on a state of another training."""
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
     if settings.patience and not select_best:

@@ -92,16 +92,17 @@ class _Stage:
                  resumable: bool):
         self.recipe, self.engine = recipe, engine
         self.made_of = engine.random()
-        self.objective = engine.place(recipe.objective())
+        self.objective = recipe.objective()
+        engine.place(self.objective)
         self.fingerprint = fingerprint(self.objective) if resumable else ""
         self.optimizer = recipe.optimizer(self.objective.trained(net))
         self.schedule = recipe.schedule and recipe.schedule(self.optimizer)
-        self.order, self.losses = Order(n, recipe.batch_size, generator), []
+        self.order = Order(n, recipe.batch_size, generator)
+        self.losses: list[float] = []
         self.module = _Loss(net, self.objective, engine)
         self.loss = engine.prepare(self.module)
         parts = {"net": ModuleState(net), "objective": ModuleState(self.objective, changed_only=resumable),
-                 "order": self.order,
-                 "optimizer": self.optimizer, "schedule": self.schedule, "scaler": engine.scaler}
+                 "order": self.order, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": engine.scaler}
         self.parts = {name: part for name, part in parts.items() if part is not None}
         if engine.processes > 1 and type(self.objective).before_step is not Objective.before_step:
             raise CafError(f"{type(self.objective).__name__} trains a player of its own",
@@ -173,7 +174,7 @@ class _Training(Training):
         self.engine.set_random(state["made_of"])
         self.begin(state["stage"])
         if self.stage.fingerprint != state["made"]:
-            raise CafError("belongs to another training: the objective has other weights, or a network of its own with others",
+            raise CafError("belongs to another training: the objective has other weights, or other networks of its own",
                            remedy="Choose another folder, or delete the file to start anew")
         super().load_state_dict(state)
         self.stage.losses = self.losses[len(self.losses) - state["steps"]:]
@@ -210,14 +211,16 @@ def train_fusion(net: nn.Module,
                  log: str | Path | None = None,      # folder for TensorBoard
 ) -> History:
     """Train a fusion network, on the device where it is. Deterministic for a seed on one CPU, and resumable to the bit.
-    Raises `CafError` on an empty set, without a recipe, and on a state of another training, and `NotFinite` on a loss that is not finite."""
+    Raises `CafError` on an empty set, without a recipe, and on a state of another training, and `NotFinite` on a loss
+    that is not finite."""
     if not len(scenes):
         raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
     stages = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
     if not stages: raise CafError("there is no recipe to follow",
                                   remedy="Use caf_recipe; this method has none of its own")
     engine = Engine(next(net.parameters()).device, accumulate)
-    engine.place(net).train()
+    engine.place(net)
+    net.train()
     known = {"network": type(net).__name__, "scenes": len(scenes), "seed": seed, "accumulate": accumulate,
              "processes": engine.processes, "patience": patience} | _account(stages)
     with seeded_process(seed, engine):

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..config import SegmenterSettings
 from ..core import CafError
 from ..data import read_image, write_png
-from ..loop import Engine, Log, Order, Training, descend_in_parts, fingerprint, play, seeded_process, stalled, writing_folder
+from ..loop import Engine, Log, Order, Training, descend_in_parts, fingerprint, play, seeded_process, stalled
+from ..loop import writing_folder
 from ..tasks import Segmenter
 from .detector import _split_folders
 
@@ -48,7 +49,7 @@ class MaskFolder(Sequence):
             if not mask.is_file(): raise CafError("there is no such mask", mask, "Write one mask an image")
 
     def __len__(self) -> int: return len(self.images)
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: Any) -> tuple[Tensor, Tensor]:
         return read_image(self.images[i]).expand(3, -1, -1), (read_image(self.masks[i])[0] * 255).round().long()
 
 # %% ../../nbs/lib/24_segmenter_training.ipynb #2acd0c48
@@ -59,19 +60,21 @@ class SegmentationScores(NamedTuple):
     miou: float           # mean of `iou` over the classes in the split
     macc: float           # mean of `acc` likewise
 
-def _stacked(pairs: Sequence[tuple[Tensor, Tensor]], chosen: Sequence[int], where: torch.device) -> tuple[Tensor,
-                                                                                                          Tensor]:
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor]],
+             chosen: Sequence[int],
+             where: torch.device,
+) -> tuple[Tensor, Tensor]:
     "A batch of images (B,3,H,W) and masks (B,H,W)."
     images, masks = zip(*(pairs[i] for i in chosen))
     return torch.stack(images).to(where), torch.stack(masks).to(where)
 
 def _segmentation_metrics(n: int,      # classes
                           ignore: int, # label of unlabelled pixels
-) -> nn.Module:                        # a MetricCollection with "iou", "acc" (n,) and "counts" (n,n), rows: true class
+) -> Any:                              # a MetricCollection with "iou", "acc" (n,) and "counts" (n,n), rows: true class
     "IoU, accuracy and confusion matrix of torchmetrics, which imports a lot and is therefore imported here."
     from torchmetrics import MetricCollection
     from torchmetrics import classification as metrics
-    options = dict(num_classes=n, ignore_index=ignore)
+    options: dict[str, Any] = dict(num_classes=n, ignore_index=ignore)
     return MetricCollection({"iou": metrics.MulticlassJaccardIndex(average="none", **options),
                              "acc": metrics.MulticlassAccuracy(average="none", **options),
                              "counts": metrics.MulticlassConfusionMatrix(**options)})
@@ -126,7 +129,8 @@ class _Training(Training):
     def __init__(self, segmenter: Segmenter, pairs: Sequence[tuple[Tensor, Tensor]], s: SegmenterSettings, seed: int,
                  engine: Engine):
         super().__init__("segmenter", engine.where, engine)
-        self.segmenter, self.pairs, self.settings, self.seed, self.total, self.title = segmenter, pairs, s, seed, s.steps, f"segformer {s.model}"
+        self.segmenter, self.pairs, self.settings, self.seed = segmenter, pairs, s, seed
+        self.total, self.title = s.steps, f"segformer {s.model}"
         self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, s.lr, s.steps)
         self.loss = engine.prepare(_Loss(segmenter, engine))
         self.order = Order(len(pairs), s.batch_size, torch.Generator().manual_seed(seed))
@@ -141,7 +145,7 @@ class _Training(Training):
 
     @property
     def finished(self) -> bool:
-        return len(self.losses) == self.total or stalled(self.losses, self.order.steps, self.settings.patience)
+        return super().finished or stalled(self.losses, self.order.steps, self.settings.patience)
 
     def step(self) -> None:
         chosen = next(self.order)
@@ -191,11 +195,13 @@ def finetune_segmenter(segmenter: Segmenter,
                        save_every: int = 100,                  # steps between two states
                        log: str | Path | None = None,          # folder for TensorBoard
 ) -> SegmenterResult:
-    """Fine-tune on fused images and score on the test split. Deterministic for a seed on one CPU, and resumable to the bit.
-    Raises `CafError` on empty splits and on a state of another training, and `NotFinite` on a loss that is not finite."""
+    """Fine-tune on fused images and score on the test split. Deterministic for a seed on one CPU, and resumable to
+    the bit. Raises `CafError` on empty splits and on a state of another training, and `NotFinite` on a loss that is
+    not finite."""
     if not len(train): raise CafError("there is no image to train on", remedy="Check the folders of the training split")
     engine = Engine(next(segmenter.parameters()).device, settings.accumulate)
-    engine.place(segmenter).train()
+    engine.place(segmenter)
+    segmenter.train()
     with seeded_process(seed, engine):
         losses, seconds = play(_Training(segmenter, train, settings, seed, engine), folder, save_every, progress, log)
     segmenter.eval()
