@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['paper_table', 'compare', 'show_table', 'plot_table', 'conclusion', 'output_folder', 'cache_folder', 'listed',
            'save_results', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery', 'choose_models', 'Window',
-           'telling_windows', 'Boxes', 'labelled', 'show_insets', 'available_rows', 'show_fused', 'detect',
-           'MFNET_COLOURS', 'painted', 'class_legend', 'rich_scenes', 'build_report', 'at_a_glance', 'lead_numbers']
+           'telling_windows', 'Boxes', 'labelled', 'show_insets', 'available_rows', 'show_fused', 'detect', 'painted',
+           'class_legend', 'rich_scenes', 'build_report', 'at_a_glance', 'lead_numbers']
 
 # %% ../../nbs/lib/37_report.ipynb #78ed3320
 from ..paper import paper_table
@@ -17,7 +17,7 @@ from caf_nb.report.tables import (
 from .gallery import Sample, sample_pairs, pair_folders, Gallery, choose_models
 from caf_nb.report.figures import (
     Window, telling_windows, Boxes, labelled, show_insets, available_rows,
-    show_fused, detect, MFNET_COLOURS, painted, class_legend, rich_scenes,
+    show_fused, detect, painted, class_legend, rich_scenes,
 )
 from .page import build_report
 
@@ -26,5 +26,5 @@ _all_ = [
     "paper_table", "compare", "show_table", "plot_table", "conclusion", "output_folder", "cache_folder", "listed",
     "save_results", "Sample", "sample_pairs", "pair_folders", "Gallery", "choose_models", "Window",
     "telling_windows", "Boxes", "labelled", "show_insets", "available_rows", "show_fused", "detect",
-    "MFNET_COLOURS", "painted", "class_legend", "rich_scenes", "build_report", "at_a_glance", "lead_numbers",
+    "painted", "class_legend", "rich_scenes", "build_report", "at_a_glance", "lead_numbers",
 ]

@@ -12,7 +12,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -70,8 +70,8 @@ def _write_data_yaml(root: Path, classes: Sequence[str]) -> Path:
 # %% ../../nbs/lib/23_detector_training.ipynb #d1cd36ca
 def write_yolo_folder(root: str | Path,         # made if absent
                       split: str,               # "train", "val" or "test"
-                      images: Sequence[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
-                      boxes: Sequence[Tensor],  # (n,5) a picture: class, cx, cy, w, h; relative; n may be 0
+                      images: Iterable[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
+                      boxes: Iterable[Tensor],  # (n,5) a picture: class, cx, cy, w, h; relative; n may be 0
                       stems: Sequence[str],     # file names without extension
                       classes: Sequence[str],   # names, in the order of the class indices
 ) -> Path:                                      # data.yaml, which lists every split written so far

@@ -8,7 +8,7 @@ __all__ = ['write_mask_folder', 'MaskFolder', 'SegmentationScores', 'evaluate_se
 # %% ../../nbs/lib/24_segmenter_training.ipynb #db4bd8bc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ from .detector import _split_folders
 # %% ../../nbs/lib/24_segmenter_training.ipynb #c8504077
 def write_mask_folder(root: str | Path,         # made if absent
                       split: str,               # "train", "val" or "test"
-                      images: Sequence[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
-                      masks: Sequence[Tensor],  # (H,W) class index; 255: unlabelled, ignored
+                      images: Iterable[Tensor], # RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
+                      masks: Iterable[Tensor],  # (H,W) class index; 255: unlabelled, ignored
                       stems: Sequence[str],     # file names without extension
 ) -> None:
     "Write one split of images and class masks. Raises `CafError` on a folder with other pictures."
