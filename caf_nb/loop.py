@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['write_state', 'read_state', 'fingerprint', 'describe', 'ModuleState', 'writing_folder', 'generator_states',
-           'set_generators', 'Order', 'NotFinite', 'check_finite', 'backward', 'move', 'descend', 'Part', 'batch_parts',
-           'half_type', 'Engine', 'seeded_process', 'descend_in_parts', 'epoch_means', 'stalled', 'Log', 'Training',
-           'account', 'History', 'play']
+           'set_generators', 'Order', 'NotFinite', 'check_finite', 'backward', 'move', 'descend', 'Part', 'half_type',
+           'Engine', 'seeded_process', 'descend_in_parts', 'epoch_means', 'stalled', 'Log', 'Training', 'account',
+           'History', 'play']
 
 # %% ../nbs/lib/03_loop.ipynb #33f89150
 import hashlib
@@ -242,7 +242,7 @@ class Part(NamedTuple):
     chosen: Tensor # (k,) positions in the batch
     weight: float  # their share of the batch
 
-def batch_parts(n: int,              # scenes in the batch
+def _batch_parts(n: int,              # scenes in the batch
                 accumulate: int = 1, # parts a process
                 processes: int = 1,
                 rank: int = 0,       # of this process, from 0
@@ -315,7 +315,7 @@ def descend_in_parts(engine: Engine,
 ) -> float:                                             # the loss of the whole batch
     "One step of `optimizer`. Raises `NotFinite` before it if the loss or its gradient is not finite."
     optimizer.zero_grad()
-    total, parts = torch.zeros((), device=engine.where), batch_parts(n, engine.accumulate, engine.processes,
+    total, parts = torch.zeros((), device=engine.where), _batch_parts(n, engine.accumulate, engine.processes,
                                                                      engine.rank)
     for i, part in enumerate(parts):
         with engine.accelerator.no_sync(module) if i + 1 < len(parts) else nullcontext():

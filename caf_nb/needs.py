@@ -20,7 +20,7 @@ from .config import DataSettings, Profile
 from .core import CafError
 from .data import M3FD_CLASSES, MFNET_CLASSES, NOTES, where
 from .fusion import find_weights, load_fusion
-from caf_nb.sources import (
+from caf_nb.stages.sources import (
     BlockData, CLASSES, Data, Pretrained, deeplab_weights, detector_weights, read_part, segmenter_weights, vgg_weights,
 )
 from .tasks import DeepLab, Detector, Segmenter

@@ -23,7 +23,7 @@ from .core import CafError, environment, replacing
 from .fusion import find_weights
 from .losses import TERMS
 from .needs import Need, find_needs, require
-from .sources import Data, detector_weights, fusion_blocks, segmenter_weights
+from .stages.sources import Data, detector_weights, fusion_blocks, segmenter_weights
 from caf_nb.stages import (
     FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
     Search, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, has_pictures, weights_file,

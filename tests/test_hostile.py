@@ -19,7 +19,7 @@ from caf_nb.losses.vgg import load_vgg
 from caf_nb.loop import read_state, write_state
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
 from caf_nb.tasks.detector import _detection_network
-from caf_nb.oracle import textbook_space
+from caf_nb.hypergradient.oracle import textbook_space
 
 pytestmark = pytest.mark.disable_socket
 CLASSES = ("car", "bus")

@@ -13,7 +13,7 @@ from caf_nb.core import CafError
 from caf_nb.config import DataSettings, Profile
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, collate
 from caf_nb.data import load_dataset, read_split
-from caf_nb.sources import CLASSES, SPLITS, BlockData, Data, InMemory, find_root, fusion_blocks, in_memory, squared
+from caf_nb.stages.sources import CLASSES, SPLITS, BlockData, Data, InMemory, find_root, fusion_blocks, in_memory, squared
 from published import N, SIZE, TREES, save, voc, write
 
 SETTINGS = DataSettings(source="published", size=32)

@@ -11,7 +11,7 @@ import pytest
 from caf_nb.config import DataSettings, Profile
 from caf_nb.data import read_image, write_png
 from caf_nb.report import compare, show_table
-from caf_nb.sources import Data
+from caf_nb.stages.sources import Data
 from caf_nb.rows import Setup, cells, scores, table1
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from caf_nb.hypergradient import hypergradient
 from caf_nb.search import search
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter
-from caf_nb.oracle import peak_memory, textbook_hypergradient
+from caf_nb.hypergradient.oracle import peak_memory, textbook_hypergradient
 
 
 @pytest.fixture(scope="module")

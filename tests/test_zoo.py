@@ -16,7 +16,7 @@ from caf_nb.config import DataSettings, FusionSettings, Profile, SearchSettings
 from caf_nb.data import luma, read_image
 from caf_nb.fusion import fuse, load_fusion, save_fusion
 from caf_nb.losses import TERMS, LossSpace
-from caf_nb.sources import Data
+from caf_nb.stages.sources import Data
 from caf_nb.stages import Search
 from caf_nb.synth import SynthScenes
 from caf_nb.train import caf_recipe, train_fusion

@@ -8,7 +8,7 @@ Run from the root of the project: .venv/bin/python tools/bundle.py
 from caf_nb.config import FusionSettings, Profile
 from caf_nb.fusion import save_fusion
 from caf_nb.losses import TERMS
-from caf_nb.sources import Data
+from caf_nb.stages.sources import Data
 from caf_nb.stages import TrainFusion, Weighted
 
 mini = Profile.named("mini")

@@ -104,7 +104,7 @@ def unused() -> list[str]:
         home = re.search(r"File to edit: \S*?nbs/(\S+?)\.$", source, re.M)
         if not names or not home or path.name == "__init__.py" and module not in ("zoo",):
             continue
-        faces = {ROOT / "nbs/lib" / p.name for p in (ROOT / "nbs/lib").glob("*.ipynb") if re.search(r"default_exp \w+\.__init__", p.read_text())}
+        faces = {ROOT / "nbs/lib" / p.name for p in (ROOT / "nbs/lib").glob("*.ipynb") if "_all_ = [" in p.read_text(encoding="utf-8")}
         signatures = " ".join(ast.unparse(part) for part in annotations(ast.parse(source)))
         for name in re.findall(r"'(\w+)'", names[1]):
             word = re.compile(rf"\b{name}\b")

@@ -20,7 +20,7 @@ from ..core import CafError
 from ..data import PairFolder, Scene, read_pair, write_png
 from ..fusion import find_weights
 from ..rows import Model, Setup, own_weights
-from ..sources import DATA_SETS, plain_name, read_part
+from ..stages.sources import DATA_SETS, plain_name, read_part
 from ..stages import Results, few_names, has_pictures
 from ..synth import SynthScenes
 from ..zoo import find_method

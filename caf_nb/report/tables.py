@@ -23,7 +23,7 @@ from ..config import Profile
 from ..core import CafError, replacing
 from ..paper import Support, footnoted, mark_best, notes, number_format, paper_table, statements, support
 from ..rows import Cell, in_order, row_style
-from ..study import effect
+from .study import effect
 
 # %% ../../nbs/lib/33_tables.ipynb #9410e296
 def compare(n: int,                                  # number of the table
