@@ -232,4 +232,4 @@ def test_figure_4_with_a_checkpoint(checkpoint, tmp_path):
     assert f"DeepLabV3+ (mobilenet, weights {file.name})" in (tmp_path / "figure4.ipynb").read_text()
     shares = pd.read_csv(tmp_path / "results/figure4.csv")
     assert set(shares["class"]) <= set(CITYSCAPES_CLASSES) and shares.groupby(["scene", "picture"]).percent.sum().tolist() == pytest.approx([100] * 4)
-    assert len(list((tmp_path / "results").glob("figure4_embedded_*.png"))) == 2
+    assert len(list((tmp_path / "results").glob("figure4_synthetic_*.png"))) == 2

@@ -56,7 +56,7 @@ def test_figure6_smoke(tmp_path):
     assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 8 steps on synthetic m3fd"
     for name in ("DIDFuse", "SDNet", "DeFusion", "TarDAL"):
         assert f"{name} is left out: there are no weights of it" in shown(tmp_path)
-    assert len(list((tmp_path / "results").glob("figure6_embedded_*.png"))) == 2
+    assert len(list((tmp_path / "results").glob("figure6_synthetic_*.png"))) == 2
 
 
 @pytest.mark.shared

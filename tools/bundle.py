@@ -1,6 +1,6 @@
 """Make caf_nb/weights/caf.safetensors: the network that `load_fusion("caf")` brings when no weights are named.
 
-It has seen 256 embedded scenes and was trained with equal weights of all fifteen terms (the paper's ablation Ours_A), not with a searched loss: a search with an
+It has seen 256 synthetic scenes and was trained with equal weights of all fifteen terms (the paper's ablation Ours_A), not with a searched loss: a search with an
 untrained detector leans to one source, and what people want from a default is a picture with both. About five minutes on two cores.
 Run from the root of the project: .venv/bin/python tools/bundle.py
 """

@@ -58,7 +58,7 @@ def sample_pairs(data_root: str | Path = "",  # folder of data sets, in either f
                  seed: int = 0,               # of the synthetic scenes
 ) -> list[Sample]:
     "Pairs for a figure. Raises `CafError` on a folder without pairs and an unknown name."
-    if not str(data_root): return [Sample("embedded", scene) for scene in SynthScenes(4, 192, seed=seed)[1:3]]
+    if not str(data_root): return [Sample("synthetic", scene) for scene in SynthScenes(4, 192, seed=seed)[1:3]]
     root = Path(data_root)
     datasets = list(dict.fromkeys(n.partition("/")[0] for n in names)) or _sets(root)
     if not datasets:
@@ -89,7 +89,7 @@ def pair_folders(data_root: str | Path,           # folder of data sets, in eith
 ) -> dict[str, Path]:                             # data set -> folder with ir/ and vi/
     "Pairs to fuse. Raises `CafError` on a missing data set."
     if not str(data_root):
-        return {"embedded": _copied(SynthScenes(at_most or 24, size, seed=seed), copies/"embedded")}
+        return {"synthetic": _copied(SynthScenes(at_most or 24, size, seed=seed), copies/"synthetic")}
     given = datasets.split(",") if isinstance(datasets, str) else datasets
     names, root = [name.strip() for name in given if name.strip()], Path(data_root)
     if not names: raise CafError("no data set is named", data_root, "Name folders in it")
