@@ -30,8 +30,8 @@ from tqdm import tqdm
 from ..core import CafError, replacing
 from .pictures import Scene
 from caf_nb.data.sets import (
-    DISJOINT, Finding, Item, Member, NOTES, Published, READERS, Split, brief, decoding, image_size, label_text,
-    natural, read_mask, read_split, read_yolo, where, write_split, write_text,
+    DISJOINT, Finding, Item, Member, NOTES, Published, READERS, Split, class_number, decoding, image_size, label_text,
+    natural_order, quoted, read_mask, read_split, read_yolo, where, write_split, write_text,
 )
 
 # %% ../../nbs/lib/06_archives.ipynb #c112508b
@@ -77,7 +77,7 @@ def find_scenes(items: Sequence[Item],
                 progress: bool = True,
 ) -> list[list[str]]:                   # the stems of each scene
     "Group near-duplicate neighbours. Raises `CafError` if an image cannot be read."
-    items = sorted(items, key=lambda item: natural(item.stem))
+    items = sorted(items, key=lambda item: natural_order(item.stem))
     thumbs = np.stack(_map(_thumbnail, items, "comparing neighbours", progress))
     scenes = defaultdict(list)
     for item, scene in zip(items, _join(thumbs, threshold, window)): scenes[scene].append(item.stem)
@@ -103,7 +103,7 @@ def deal(scenes: Sequence[Sequence[str]],         # the stems of each scene
     if empty:
         raise CafError(f"{len(scenes)} scenes leave nothing for {', '.join(sorted(empty))}",
                        remedy="Ask for another ratio or seed, or add scenes")
-    return sorted(members, key=lambda m: natural(m.stem))
+    return sorted(members, key=lambda m: natural_order(m.stem))
 
 def make_split(published: Published,                                 # all of it
                seed: int = 0,
@@ -119,7 +119,7 @@ def make_split(published: Published,                                 # all of it
         raise CafError(f"no image of {published.name} can be divided", published.root, "Pass the whole data set")
     ratio = asked_ratio(published, ratio)
     members = kept + (deal(find_scenes(free, progress=progress), ratio, seed) if free else [])
-    return Split(published.name, seed, ratio, sorted(members, key=lambda m: natural(m.stem)))
+    return Split(published.name, seed, ratio, sorted(members, key=lambda m: natural_order(m.stem)))
 
 def asked_ratio(published: Published, ratio: tuple[float, float, float]) -> tuple[float, float, float]:
     "What a ratio comes to for a set: where the authors publish a test part, nothing more is cut off for it."
@@ -176,7 +176,7 @@ class Blocks(Sequence):
         self._items = {(s.name, item.stem): (s, item) for s in sets for item in s.items}
         for block in self.blocks:
             if (block.dataset, block.stem) not in self._items:
-                raise CafError(f"there is no image {brief(block.stem)} of {brief(block.dataset)}",
+                raise CafError(f"there is no image {quoted(block.stem)} of {quoted(block.dataset)}",
                                remedy="Pass the data sets that the blocks were drawn from")
 
     def __len__(self) -> int: return len(self.blocks)
@@ -259,9 +259,9 @@ def _box_findings(published: Published, item: Item, size: tuple[int, int]) -> tu
     if stated is not None and stated != size:
         found.append(Finding("label size", item.boxes, "states {}x{}, the image is {}x{}".format(*stated, *size)))
     for box in boxes:
-        try: number = None if unnamed else published.class_of(box.name)
+        try: number = None if unnamed else class_number(published, box.name)
         except KeyError:
-            found.append(Finding("unknown class", item.boxes, brief(box.name)))
+            found.append(Finding("unknown class", item.boxes, quoted(box.name)))
             continue
         if unnamed or number is not None: counts[box.name if unnamed else published.classes[number]] += 1
         pixels = "{:.0f},{:.0f} to {:.0f},{:.0f}".format(*(v * side for v, side in zip(box[1:], (*size, *size))))
