@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -29,7 +31,8 @@ from tqdm import tqdm
 
 from .checkpoints import load_tensors, read_tensors, renamed
 from .core import CafError, device as find_device
-from .data import Pair, PairFolder, luma, read_pair, recolor_uint8, to_uint8, write_png
+from .data import (Pair, PairFolder, luma, read_image, read_pair, recolor, recolor_uint8, to_uint8,
+                         write_png)
 from .zoo import METHODS, Method, build_network, find_method
 
 # %% ../nbs/lib/18_fusion.ipynb #89e90775
@@ -138,12 +141,12 @@ def bundled(name: str) -> Path: # such as "caf.safetensors"
 def load_fusion(method: str,
                 # ours (.safetensors) or its authors' file; None: those that come with the package
                 weights: str | Path | None = None,
-                device: str | torch.device | None = None, # as for `caf_nb.core.device`; None: CPU
+                device: str | torch.device = "auto",     # as for `caf_nb.core.device`
                 **options: Any,                         # of the method's network, such as its fusion rule
 ) -> nn.Module:                                         # in eval mode
     """A fusion method, ready for `fuse`. Raises `CafError` on an unknown name or option, and on weights that are absent
     or do not fit."""
-    entry, target = find_method(method), find_device("cpu" if device is None else device)
+    entry, target = find_method(method), find_device(device)
     net = build_network(method, **options)
     if entry.read is None and weights is not None:
         raise CafError(f"method {method!r} has no weights", weights, "Leave the weights out")
@@ -179,22 +182,17 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
 _SLACK = 1e-4  # rounding may carry a luminance this far over 1
 
 # %% ../nbs/lib/18_fusion.ipynb #2c032e68
-def _check_pair(ir: Tensor, vi: Tensor) -> None:
-    "Raises `CafError` unless `ir` and `vi` are a gray pair in [0, 1]."
-    for name, image in (("ir", ir), ("vi", vi)):
-        shape = tuple(image.shape)
-        if image.ndim not in (3, 4) or 0 in shape:
-            raise CafError(f"{name} has shape {shape}", remedy="Give (B,1,H,W) or (1,H,W)")
-        if shape[-3] != 1:
-            raise CafError(f"{name} has {shape[-3]} channels", remedy="Give its luminance, caf_nb.data.luma(image)")
-        if not image.is_floating_point():
-            raise CafError(f"{name} is of type {image.dtype}", remedy="Give float values in [0, 1]")
-        low, high = (float(v) for v in image.aminmax())
-        if not (-_SLACK <= low and high <= 1 + _SLACK):
-            raise CafError(f"{name} ranges from {low:.4g} to {high:.4g}", remedy="Scale it to [0, 1]")
-    if ir.shape != vi.shape:
-        raise CafError(f"ir has shape {tuple(ir.shape)} and vi {tuple(vi.shape)}; a pair must be aligned",
-                       remedy="Register and crop it first")
+def _check(image: Tensor, name: str) -> None:
+    "Raises `CafError` unless `image` is gray or RGB in [0, 1], float, with or without a batch."
+    shape = tuple(image.shape)
+    if image.ndim not in (3, 4) or 0 in shape:
+        raise CafError(f"{name} has shape {shape}", remedy="Give (H,W), (C,H,W) or (B,C,H,W)")
+    if shape[-3] not in (1, 3): raise CafError(f"{name} has {shape[-3]} channels", remedy="Give 1 (gray) or 3 (RGB)")
+    if not image.is_floating_point():
+        raise CafError(f"{name} is of type {image.dtype}", remedy="Give 8 or 16 bits, or float values in [0, 1]")
+    low, high = (float(v) for v in image.aminmax())
+    if not (-_SLACK <= low and high <= 1 + _SLACK):
+        raise CafError(f"{name} ranges from {low:.4g} to {high:.4g}", remedy="Scale it to [0, 1]")
 
 # %% ../nbs/lib/18_fusion.ipynb #1bf43209
 def _in_strips(net: nn.Module,     # in evaluation mode; in strips only if it has a `reach`
@@ -216,21 +214,79 @@ def _in_strips(net: nn.Module,     # in evaluation mode; in strips only if it ha
         strips.append(fused[..., top - start:top - start + rows, :])
     return torch.cat(strips, dim=-2)
 
+# %% ../nbs/lib/18_fusion.ipynb #9baa54cd
+_Picture = str | Path | Image.Image | np.ndarray | Tensor
+_Kind = TypeVar("_Kind", bound=Image.Image | np.ndarray | Tensor)
+_PEAK = {torch.uint8: 255, torch.uint16: 65535}
+
+def _pixels(image: Image.Image | np.ndarray, name: str) -> Tensor: # (C,H,W)
+    "Pixels of a PIL image or of an array (H,W) or (H,W,C), in their own type."
+    if isinstance(image, Image.Image) and image.mode not in ("L", "RGB", "F") and image.mode[0] != "I":
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    array = np.asarray(image)
+    if array.ndim not in (2, 3): raise CafError(f"{name} has shape {array.shape}", remedy="Give (H,W) or (H,W,3)")
+    if array.dtype.name not in ("uint8", "uint16", "float16", "float32", "float64"):
+        raise CafError(f"{name} is of type {array.dtype}", remedy="Give 8 or 16 bits, or float values in [0, 1]")
+    pixels = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+    return pixels.movedim(-1, 0) if pixels.ndim == 3 else pixels
+
+# %% ../nbs/lib/18_fusion.ipynb #fc7f96be
+def _as_tensor(image: _Picture, name: str, # for the message
+) -> tuple[Tensor, torch.dtype]:           # float (...,1,H,W) or (...,3,H,W) in [0,1], and the type of its pixels
+    "A picture of any kind as a tensor. Raises `CafError` if it is none, or in no known scale."
+    if isinstance(image, str | Path): return read_image(image), torch.uint8
+    if isinstance(image, Image.Image | np.ndarray): image = _pixels(image, name)
+    if not isinstance(image, Tensor):
+        raise CafError(f"{name} is of type {type(image).__name__}", remedy="Give a path, a picture or a tensor")
+    dtype = image.dtype
+    if dtype in _PEAK: image = image.float() / _PEAK[dtype]
+    if image.ndim == 2: image = image[None]
+    _check(image, name)
+    return image, dtype
+
+# %% ../nbs/lib/18_fusion.ipynb #e6e2e995
+def _finish(fused: Tensor, vi: Tensor, dtype: torch.dtype, color: bool) -> Tensor:
+    "Put the chroma of `vi` back, if there are three channels and `color` is wanted, and round to `dtype`."
+    color = color and vi.shape[-3] == 3
+    if dtype == torch.uint8 and color:
+        pairs = zip(fused.reshape(-1, *fused.shape[-3:]).cpu(), vi.reshape(-1, *vi.shape[-3:]).cpu(), strict=True)
+        return torch.stack([recolor_uint8(*pair) for pair in pairs]).reshape(vi.shape).to(vi.device)
+    if color: fused = recolor(fused, vi)
+    return (fused * _PEAK[dtype]).round().to(dtype) if dtype in _PEAK else fused
+
+def _as_kind(picture: Tensor, like: _Picture) -> Image.Image | np.ndarray | Tensor:
+    "`picture` (...,C,H,W) as a tensor, an array or a PIL image; as `like` is."
+    if isinstance(like, Tensor): return picture[0] if like.ndim == 2 else picture
+    pixels = picture.movedim(0, -1).numpy()
+    if pixels.shape[2] == 1 and np.shape(like) != pixels.shape: pixels = pixels[..., 0]
+    return pixels if isinstance(like, np.ndarray) else Image.fromarray(pixels)
+
 # %% ../nbs/lib/18_fusion.ipynb #d2303554
+@overload
+def fuse(net: nn.Module, ir: _Picture, vi: str | Path, color: bool = ...) -> Image.Image: ...
+@overload
+def fuse(net: nn.Module, ir: _Picture, vi: _Kind, color: bool = ...) -> _Kind: ...
+
 def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
-         ir: Tensor,     # (B,1,H,W) or (1,H,W), float in [0,1]; any H and W
-         vi: Tensor,     # like `ir`: luminance, aligned
-) -> Tensor:             # fused luminance in [0,1]; shape, type and device of `ir`
-    """Fuse a batch or one pair, without gradients. Raises `CafError` on input (or a network) that cannot give a fused
+         # path, PIL image, array (H,W) or (H,W,3), tensor (H,W), (C,H,W) or (B,C,H,W); 8 or 16 bits or float in [0,1]
+         ir: _Picture,
+         vi: _Picture,   # likewise, aligned with `ir`
+         color: bool = True, # put the chroma of `vi` back, where it has three channels
+):                       # as `vi` is: kind, pixel type and device; a PIL image for a path
+    """Fuse a pair or a batch, without gradients. Raises `CafError` on input (or a network) that cannot give a fused
     picture."""
-    _check_pair(ir, vi)
-    like = next(net.parameters(), ir)
-    batch = [image.to(like).reshape(-1, *image.shape[-3:]) for image in (ir, vi)]
+    (ir_image, _), (vi_image, dtype) = _as_tensor(ir, "ir"), _as_tensor(vi, "vi")
+    ir_gray, vi_gray = luma(ir_image), luma(vi_image)
+    if ir_gray.shape != vi_gray.shape:
+        raise CafError(f"ir has shape {tuple(ir_gray.shape)} and vi {tuple(vi_gray.shape)}; a pair must be aligned",
+                       remedy="Register and crop it first")
+    like = next(net.parameters(), ir_gray)
+    batch = [image.to(like).reshape(-1, *image.shape[-3:]) for image in (ir_gray, vi_gray)]
     with torch.no_grad(), _evaluating(net): fused = _in_strips(net, *batch)
     if not fused.isfinite().all():
         raise CafError("the network gave values that are not finite",
                        remedy="Its weights may come from a training that diverged")
-    return fused.clamp(0, 1).reshape(ir.shape).to(ir)
+    return _as_kind(_finish(fused.clamp(0, 1).reshape(ir_gray.shape).to(vi_image), vi_image, dtype, color), vi)
 
 # %% ../nbs/lib/18_fusion.ipynb #15ed3c06
 def _find_pairs(ir: Path, vi: Path) -> tuple[Sequence[Pair], list[Path]]:
@@ -330,7 +386,7 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
 # names, or one string with commas; "": all that have weights, without the sources
 def load_methods(methods: str | Sequence[str] = "",
                  weights_root: str | Path = "",     # as for `find_weights`; "": what comes with the package
-                 device: str | torch.device | None = None, # as for `load_fusion`
+                 device: str | torch.device = "auto", # as for `load_fusion`
 ) -> dict[str, nn.Module]:                          # method -> network
     "Fusion methods by name. Raises `CafError` on an unknown name, and if weights of a named method are absent."
     named = [m.strip() for m in methods.split(",") if m.strip()] if isinstance(methods, str) else list(methods)

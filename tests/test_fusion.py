@@ -34,7 +34,7 @@ WEIGHTS = ["weights/caf/Det_final.pth", "golden/caf_det/state.safetensors"]
 def test_official_outputs(shared, weights):
     "Both forms of the official weights give the official raw output, also at an odd size."
     golden = np.load(shared / "golden/caf_det/io.npz")
-    net = load_fusion("caf", shared / weights)
+    net = load_fusion("caf", shared / weights, "cpu")
     for i in range(3):
         ir, vi, out = (torch.from_numpy(golden[f"{name}{i}"]) for name in ("ir", "vi", "out"))
         with torch.no_grad():
@@ -46,7 +46,7 @@ def test_official_outputs(shared, weights):
 @pytest.mark.slow
 def test_official_pictures(shared, tmp_path):
     "The published pictures to one gray level, but for the pixels that the official script lets wrap round."
-    net = load_fusion("caf", shared / WEIGHTS[0])
+    net = load_fusion("caf", shared / WEIGHTS[0], "cpu")
     folder = shared / "data/m3fd"
     result = fuse_folder(net, folder / "ir", folder / "vi", tmp_path, progress=False)
     assert len(result.done) == 2 and not result.failures

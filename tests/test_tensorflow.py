@@ -258,7 +258,7 @@ def test_published_images_need_their_convention(shared, method, options):
 @pytest.mark.shared
 def test_sdnet_takes_apart_what_it_fused(shared):
     "The official decomposition, in which the visible branch is dead: one gray for every picture."
-    net = load_fusion("sdnet", shared / "weights/sdnet/IRVIS.model-10")
+    net = load_fusion("sdnet", shared / "weights/sdnet/IRVIS.model-10", "cpu")
     golden = np.load(shared / "golden/sdnet/io.npz")
     answers = []
     for i in range(3):

@@ -66,7 +66,7 @@ def pairs(shared, row: Golden):
 @pytest.mark.parametrize("row, file", FILES, ids=[f"{row.method}-{row.out}-{file.rpartition('/')[2]}" for row, file in FILES])
 def test_official_outputs(shared, row, file):
     "The official weights, in every form that we have, give the official raw outputs."
-    net = load_fusion(row.method, shared / file, **row.options)
+    net = load_fusion(row.method, shared / file, "cpu", **row.options)
     for ir, vi, out in pairs(shared, row):
         expected = row.to_unit(out)
         with torch.no_grad():
@@ -104,7 +104,7 @@ def test_own_format(tmp_path, method):
     torch.manual_seed(0)
     net = build_network(method)
     save_fusion(tmp_path / "own.safetensors", net, {})
-    loaded = load_fusion(method, tmp_path / "own.safetensors")
+    loaded = load_fusion(method, tmp_path / "own.safetensors", "cpu")
     for h, w in ((37, 50), (33, 17)):
         ir, vi = torch.rand(2, 2, 1, h, w, generator=torch.Generator().manual_seed(h))
         fused = fuse(loaded, ir, vi)
@@ -180,7 +180,7 @@ def test_the_table_is_measured():
 @pytest.mark.shared
 def test_didfuse_returns_what_it_encoded(shared):
     "The auto-encoder without fusion, on both sources."
-    net = load_fusion("didfuse", shared / "weights/didfuse")
+    net = load_fusion("didfuse", shared / "weights/didfuse", "cpu")
     golden = np.load(shared / "golden/didfuse/io.npz")
     for i in range(3):
         for source in ("ir", "vi"):
@@ -193,7 +193,7 @@ def test_didfuse_returns_what_it_encoded(shared):
 @pytest.mark.parametrize("variant, folder", [("v0", "reconet"), ("plus", "reconet_plus")])
 def test_reconet_in_every_round(shared, variant, folder):
     "The guess and both attention maps after each of the three rounds."
-    net = load_fusion("reconet", shared / "golden" / folder / "state.safetensors", variant=variant)
+    net = load_fusion("reconet", shared / "golden" / folder / "state.safetensors", "cpu", variant=variant)
     golden = np.load(shared / "golden" / folder / "io.npz")
     for i in range(3):
         with torch.no_grad():

@@ -171,7 +171,7 @@ class Searched(NamedTuple):
 
 def _initial_network(stage: Any) -> nn.Module:
     "The fusion network of a stage at its start; the global generators stay as they are."
-    if stage.fusion_start: return load_fusion(stage.network, stage.fusion_start.file)
+    if stage.fusion_start: return load_fusion(stage.network, stage.fusion_start.file, "cpu")
     with seeded(stage.seed): return build_network(stage.network)
 
 def _initial(stage: Any) -> str:
