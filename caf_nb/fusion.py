@@ -258,7 +258,8 @@ def _as_kind(picture: Tensor, like: _Picture) -> Image.Image | np.ndarray | Tens
     "`picture` (...,C,H,W) as a tensor, an array or a PIL image; as `like` is."
     if isinstance(like, Tensor): return picture[0] if like.ndim == 2 else picture
     pixels = picture.movedim(0, -1).numpy()
-    if pixels.shape[2] == 1 and np.shape(like) != pixels.shape: pixels = pixels[..., 0]
+    if isinstance(like, np.ndarray) and like.size == pixels.size: return pixels.reshape(like.shape)
+    if pixels.shape[2] == 1: pixels = pixels[..., 0]
     return pixels if isinstance(like, np.ndarray) else Image.fromarray(pixels)
 
 # %% ../nbs/lib/18_fusion.ipynb #d2303554
@@ -281,8 +282,8 @@ def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
         raise CafError(f"ir has shape {tuple(ir_gray.shape)} and vi {tuple(vi_gray.shape)}; a pair must be aligned",
                        remedy="Register and crop it first")
     like = next(net.parameters(), ir_gray)
-    batch = [image.to(like).reshape(-1, *image.shape[-3:]) for image in (ir_gray, vi_gray)]
-    with torch.no_grad(), _evaluating(net): fused = _in_strips(net, *batch)
+    irs, vis = (image.to(like).reshape(-1, *image.shape[-3:]) for image in (ir_gray, vi_gray))
+    with torch.no_grad(), _evaluating(net): fused = _in_strips(net, irs, vis)
     if not fused.isfinite().all():
         raise CafError("the network gave values that are not finite",
                        remedy="Its weights may come from a training that diverged")
