@@ -114,16 +114,15 @@ def searched(setup: "Setup", task: Task, network: str) -> TrainFusion:
 
 def weighted(weights: Callable[[int], Beta], # of the seed
 ) -> Callable[["Setup", Task, str], TrainFusion]:
-    "With given weights: one network for both tasks."
+    "With given weights."
     def fuse(setup: "Setup", task: Task, network: str) -> TrainFusion:
-        loss = Weighted(beta=weights(setup.seed), vgg=setup.profile.vgg)
-        return setup.train("detection", loss, network)
+        return setup.train(task, Weighted(beta=weights(setup.seed), vgg=setup.profile.vgg), network)
     return fuse
 
 def own_weights(setup: "Setup", task: Task, network: str) -> TrainFusion | Method:
     "With its authors' weights, or else trained here with its authors' loss."
     if network in setup.trained and find_weights(setup.weights_root, network) is None:
-        return setup.train("detection", Published.like(setup.profile.fusion), network)
+        return setup.train(task, Published.like(setup.profile.fusion), network)
     return Method(method=network, weights=weights_file(setup.weights_root, network))
 
 # %% ../nbs/lib/31_rows.ipynb #7e7a764c
@@ -132,7 +131,8 @@ def steady(setup: "Setup") -> "Setup":
     return setup.changed("search", val_batch_size=4 * setup.profile.search.batch_size)
 
 def _swapped(setup: "Setup", task: Task, network: str) -> TrainFusion:
-    return searched(setup, "segmentation" if task == "detection" else "detection", network)
+    other: Task = "segmentation" if task == "detection" else "detection"
+    return setup.train(task, setup.search(other, network), network)
 
 def _steady(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(steady(setup), task, network)
@@ -218,8 +218,10 @@ class _Trainings(_Starts):
                       **self.task_network(task))
 
     def train(self, task: Task, loss: Search | Weighted | Published, network: str = "caf") -> TrainFusion:
-        "The training of a network with a loss."
+        "The training of a network with a loss, for rows that are scored on a task."
         settings, data = None if isinstance(loss, Published) else self.profile.fusion, self.data(HOME[task])
+        if self.profile.fusion_scenes == "loss":
+            data = loss.data if isinstance(loss, Search) else self.data(HOME["detection"])
         return TrainFusion(data=fusion_blocks(data) or data, loss=loss, settings=settings, network=network,
                            fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra)
 

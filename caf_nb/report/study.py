@@ -262,6 +262,9 @@ def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIM
     if data.train:
         sizes = f", {data.train} for training, {data.val} for validation, {data.test} for test, new ones for every seed"
         steps = f"{math.ceil(data.train / p.search.batch_size) * p.search.epochs} steps"
+    scenes = "on the scenes of the task, the same for every row"
+    if p.fusion_scenes == "loss":
+        scenes = "on scenes of its search, else of detection: C2 and C5 on mfnet compare scenes as well as losses"
     margin = max(c.margin for claim in claims for c in claim.comparisons)
     lines = [
         f"Data: {kind} scenes of {data.size} pixels{sizes}",
@@ -269,7 +272,7 @@ def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIM
         f"Task networks: {p.detector.model} and SegFormer {p.segmenter.model}, which start from {_start_text(setup)}",
         f"Search: {steps} with batches of {p.search.batch_size}, on training and validation split; VGG of the "
         f"perceptual terms: {p.vgg}",
-        f"Training of a fusion network: {p.fusion.epochs} epochs from random initialisation, the same for every row",
+        f"Training of a fusion network: {p.fusion.epochs} epochs from random initialisation, {scenes}",
         f"Evaluation: {p.detector.epochs} epochs of fine-tuning for the detector, {p.segmenter.steps} steps for the "
         "segmenter, on pictures of the row; scores of the last epoch on the test split, looked at once",
         "Verdict: the 95 % interval (Student's t) of the differences within a seed. Supported if it lies above zero, "
