@@ -264,7 +264,7 @@ def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIM
         steps = f"{math.ceil(data.train / p.search.batch_size) * p.search.epochs} steps"
     scenes = "on the scenes of the task, the same for every row"
     if p.fusion_scenes == "loss":
-        scenes = "on scenes of its search, else of detection: C2 and C5 on mfnet compare scenes as well as losses"
+        scenes = "on scenes of its search, else of detection: C2 and C5 compare scenes as well as losses"
     margin = max(c.margin for claim in claims for c in claim.comparisons)
     lines = [
         f"Data: {kind} scenes of {data.size} pixels{sizes}",
