@@ -115,9 +115,8 @@ def searched(setup: "Setup", task: Task, network: str) -> TrainFusion:
 def weighted(weights: Callable[[int], Beta], # of the seed
 ) -> Callable[["Setup", Task, str], TrainFusion]:
     "With given weights."
-    def fuse(setup: "Setup", task: Task, network: str) -> TrainFusion:
-        return setup.train(task, Weighted(beta=weights(setup.seed), vgg=setup.profile.vgg), network)
-    return fuse
+    def loss(setup: "Setup") -> Weighted: return Weighted(beta=weights(setup.seed), vgg=setup.profile.vgg)
+    return lambda setup, task, network: setup.train(task, loss(setup), network)
 
 def own_weights(setup: "Setup", task: Task, network: str) -> TrainFusion | Method:
     "With its authors' weights, or else trained here with its authors' loss."

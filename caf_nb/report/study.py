@@ -262,9 +262,8 @@ def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIM
     if data.train:
         sizes = f", {data.train} for training, {data.val} for validation, {data.test} for test, new ones for every seed"
         steps = f"{math.ceil(data.train / p.search.batch_size) * p.search.epochs} steps"
-    scenes = "on the scenes of the task, the same for every row"
-    if p.fusion_scenes == "loss":
-        scenes = "on scenes of its search, else of detection: C2 and C5 compare scenes as well as losses"
+    scenes = "on the scenes of the task, the same for every row" if p.fusion_scenes == "task" else (
+        "on scenes of its search, else of detection: C2 and C5 compare scenes as well as losses")
     margin = max(c.margin for claim in claims for c in claim.comparisons)
     lines = [
         f"Data: {kind} scenes of {data.size} pixels{sizes}",
