@@ -133,7 +133,7 @@ _SMOKE = Profile(
     detector=DetectorSettings(model="yolov5n", epochs=4, batch_size=4, nominal_batch=4, pretrained=False),
     segmenter=SegmenterSettings(model="tiny", steps=20, batch_size=4, lr=3e-4, pretrained=False),
     vgg="slim", seeds=(0,), home="out", bundled=True, methods=("ir", "vi", "caf"),
-    ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("umfusion", "reconet", "u2fusion"))
+    ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("reconet",))
 
 # %% ../nbs/lib/01_config.ipynb #ddb38f44
 _MINI = Profile(

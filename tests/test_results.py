@@ -52,9 +52,9 @@ def test_figure6_smoke(tmp_path):
     done = figure6(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
-    assert list(origin.index) == ["ir", "vi", "umfusion", "reconet", "u2fusion", "caf"]
-    assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 8 steps on synthetic m3fd"
-    for name in ("DIDFuse", "SDNet", "DeFusion", "TarDAL"):
+    assert list(origin.index) == ["ir", "vi", "reconet", "caf"]
+    assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 16 steps on synthetic m3fd"
+    for name in ("DIDFuse", "SDNet", "UMFusion", "DeFusion", "U2Fusion", "TarDAL"):
         assert f"{name} is left out: there are no weights of it" in shown(tmp_path)
     assert len(list((tmp_path / "results").glob("figure6_synthetic_*.png"))) == 2
 
@@ -72,10 +72,3 @@ def test_figure6_on_real_pairs(shared, tmp_path):
     assert set(origin.index) == {"ir", "vi", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "mine", "caf"}
     assert origin["tardal"].endswith("tardal.pt") and origin["caf"].endswith("Det_final.pth")
     assert read_image(tmp_path / "results/figure6_tno_05.png").shape[0] == 3
-
-
-@pytest.mark.parametrize("parameters, cause", [({"methods": "ir,magic"}, "there is no method 'magic'"),
-                                               ({"data_root": "nbs"}, "holds no folder with ir/ and vi/")])
-def test_figure6_bad_parameters(tmp_path, parameters, cause):
-    done = figure6(tmp_path, **parameters)
-    assert done.returncode == 1 and cause in done.stderr
