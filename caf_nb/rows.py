@@ -331,8 +331,8 @@ def cells(stages: Mapping[tuple[str, str], Any], # of a table
 def provenance(found: Mapping[tuple[str, str], Cell], # of `cells`
 ) -> pd.DataFrame:                                     # index (data set, method)
     "Where the numbers of a table come from."
-    frame = pd.DataFrame.from_dict({key: cell.provenance for key, cell in found.items()}, orient="index").fillna("")
-    return frame.rename_axis(index=["dataset", "method"])
+    index = pd.MultiIndex.from_tuples(found, names=["dataset", "method"])
+    return pd.DataFrame([cell.provenance for cell in found.values()], index=index).fillna("")
 
 def scores(found: Mapping[tuple[str, str], Cell]) -> dict[tuple[str, str], dict[str, float]]:
     "The numbers alone, as `caf_nb.report.compare` takes them."
