@@ -78,9 +78,12 @@ class DetectorSettings(_Settings):
 class SegmenterSettings(_Settings):
     "Fine-tuning the segmenter on fused images."
     model: str                       # "tiny", "b0" or "b1"
-    steps: int
+    steps: int                       # paper: 4,000; SegFormer: 160,000
     batch_size: int
     lr: float = 6e-5                 # AdamW
+    recipe: Literal["segformer", "plain"] = "plain" # of images: scale, crop, flip, colours of each; or a flip per batch
+    warmup: int = Field(0, ge=0)     # steps of a rising learning rate; SegFormer: 1,500
+    crop: int | None = Field(None, ge=1) # recipe segformer: side of its squares, in pixels; None: as the images are
     pretrained: bool                 # start from ImageNet weights
     accumulate: int = Field(1, ge=1) # micro-batches per batch, if a whole batch does not fit into memory
     patience: int = Field(0, ge=0)   # epochs without a lower mean loss before it stops; 0: never
@@ -131,7 +134,7 @@ _SMOKE = Profile(
     search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3),
     fusion=FusionSettings(epochs=4, batch_size=4, lr=1e-3, crop=64),
     detector=DetectorSettings(model="yolov5n", epochs=4, batch_size=4, nominal_batch=4, pretrained=False),
-    segmenter=SegmenterSettings(model="tiny", steps=20, batch_size=4, lr=3e-4, pretrained=False),
+    segmenter=SegmenterSettings(model="tiny", steps=20, batch_size=4, lr=3e-4, recipe="plain", pretrained=False),
     vgg="slim", seeds=(0,), home="out", bundled=True, methods=("ir", "vi", "caf"),
     ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("reconet",))
 
@@ -144,7 +147,8 @@ _MINI = Profile(
     search=SearchSettings(epochs=1, batch_size=4, lr_alpha=0.1, lr_fusion=1e-3),
     fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3, crop=64),
     detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
-    segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, pretrained=False), vgg="slim",
+    segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, recipe="plain", pretrained=False),
+    vgg="slim",
     pretraining=PretrainSettings(
         data=DataSettings(source="embedded", size=96, train=480, test=64), epochs=60, steps=600),
     methods=("ir", "vi", "umfusion", "reconet", "u2fusion", "caf"), ablation=_ABLATION,
@@ -156,7 +160,8 @@ _PAPER = Profile(
     data=DataSettings(source="published", size=320, task_size=640, blocks=1000),
     search=SearchSettings(epochs=10, batch_size=8), fusion=FusionSettings(epochs=100, batch_size=8),
     detector=DetectorSettings(model="yolov5s", epochs=100, batch_size=16, nominal_batch=64, pretrained=True),
-    segmenter=SegmenterSettings(model="b1", steps=4000, batch_size=16, pretrained=True),
+    segmenter=SegmenterSettings(model="b1", steps=4000, batch_size=16, recipe="segformer", warmup=1500, crop=480,
+                                pretrained=True),
     vgg="imagenet", methods=("ir", "vi", *_COMPARED, "caf"), ablation=_ABLATION)
 
 _PROFILES = {p.name: p for p in (_SMOKE, _MINI, _PAPER)}

@@ -153,6 +153,7 @@ def _task_network(data: Data, settings: _Settings, start: Start, seed: int) -> D
     network = Detector if isinstance(settings, DetectorSettings) else Segmenter
     task = network(data.classes, settings.model, pretrained and pretrained.file, seed)
     if pretrained: task.provenance = pretrained.provenance
+    if pretrained and getattr(settings, "recipe", "") == "plain": task.net.eval() # as mini was made
     return task
 
 def _finetune(task: Detector | Segmenter, pictures: Path, settings: Any, size: int, out: Path, seed: int) -> Any:

@@ -102,7 +102,7 @@ def _segmentation_network(model: str,                # one of `SEGMENTERS`
                        folder, "Give a folder of SegFormer")
     notes = ["ImageNet, by its name"] * (
         folder.name == f"mit-{model}") + [f"encoder only; decoder random, seed {seed}"] * bool(info["missing_keys"])
-    return net, folder.name + (f" ({'; '.join(notes)})" if notes else "")
+    return net.train(), folder.name + (f" ({'; '.join(notes)})" if notes else "")
 
 # %% ../../nbs/lib/15_segmenter.ipynb #d9e8cdde
 class Segmenter(nn.Module):

@@ -8,13 +8,15 @@ __all__ = ['write_mask_folder', 'MaskFolder', 'SegmentationScores', 'evaluate_se
 # %% ../../nbs/lib/24_segmenter_training.ipynb #db4bd8bc
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms import functional as colours
 
 from ..config import SegmenterSettings
 from ..core import CafError
@@ -63,9 +65,10 @@ class SegmentationScores(NamedTuple):
 def _stacked(pairs: Sequence[tuple[Tensor, Tensor]],
              chosen: Sequence[int],
              where: torch.device,
+             change: Callable[..., tuple[Tensor, Tensor]] = lambda image, mask: (image, mask), # of each pair
 ) -> tuple[Tensor, Tensor]:
     "A batch of images (B,3,H,W) and masks (B,H,W)."
-    images, masks = zip(*(pairs[i] for i in chosen))
+    images, masks = zip(*(change(*pairs[i]) for i in chosen))
     return torch.stack(images).to(where), torch.stack(masks).to(where)
 
 def _segmentation_metrics(n: int,      # classes
@@ -101,15 +104,48 @@ def evaluate_segmenter(segmenter: Segmenter,
 def _segmenter_optimizer(net: nn.Module, # SegFormer of transformers
                          lr: float,      # of the encoder; the decoder learns ten times as fast
                          steps: int,     # the learning rate reaches 0 after these
+                         warmup: int = 0, # steps in which it rises from 1e-6 of its value
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    "AdamW and the polynomial decay of power 1."
+    "AdamW, the polynomial decay of power 1 and the linear warm-up."
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         groups.setdefault(("decode_head" in name, "norm" in name), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr * (10 if head else 1),
                                     "weight_decay": 0. if norm else 0.01}
                                    for (head, norm), params in groups.items()], betas=(0.9, 0.999))
-    return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
+    def rising(step: int) -> float: return 1 - (1 - 1e-6) * (1 - step / warmup) if step < warmup else 1
+    return optimizer, LambdaLR(optimizer, lambda step: (1 - step / steps) * rising(step))
+
+# %% ../../nbs/lib/24_segmenter_training.ipynb #875bec7f
+def _uniform(low: float, high: float) -> float: return torch.empty(()).uniform_(low, high).item()
+
+def _scaled(image: Tensor, mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    "An image (3,H,W) and its mask (H,W) in another size."
+    size = [max(round(ratio * n), 1) for n in mask.shape]
+    return (F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0],
+            F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long())
+
+def _cropped(image: Tensor, mask: Tensor, size: Sequence[int], most: float = 0.75) -> tuple[Tensor, Tensor]:
+    "A random window in which, if ten tries find one, no class has more than `most` of the labelled pixels."
+    for _ in range(10):
+        top, left = (int(torch.randint(max(n - side, 0) + 1, ())) for n, side in zip(mask.shape, size))
+        window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+        counts = mask[window][mask[window] != Segmenter.ignore].bincount()
+        if counts.sum() and counts.max() < most * counts.sum(): break
+    return image[window], mask[window]
+
+# %% ../../nbs/lib/24_segmenter_training.ipynb #ef6f9cc3
+def _augmented(image: Tensor, mask: Tensor, side: int | None, mean: Tensor) -> tuple[Tensor, Tensor]:
+    "SegFormer's augmentation of an image (3,H,W) in [0,1] and its mask (H,W); `mean` (3,1,1) fills what it lacks."
+    size = (side, side) if side else mask.shape
+    image, mask = _cropped(*_scaled(image, mask, _uniform(0.5, 2)), size)
+    if torch.rand(()) < 0.5: image, mask = image.flip(-1), mask.flip(-1)
+    changes = ((colours.adjust_brightness, 0.875, 1.125), (colours.adjust_contrast, 0.5, 1.5),
+               (colours.adjust_saturation, 0.5, 1.5), (colours.adjust_hue, -0.05, 0.05))
+    for change, low, high in changes:
+        if torch.rand(()) < 0.5: image = change(image, _uniform(low, high))
+    edges = (0, size[1] - mask.shape[1], 0, size[0] - mask.shape[0])
+    return F.pad(image - mean, edges) + mean, F.pad(mask, edges, value=Segmenter.ignore)
 
 # %% ../../nbs/lib/24_segmenter_training.ipynb #3ba48184
 class _Loss(nn.Module):
@@ -131,7 +167,7 @@ class _Training(Training):
         super().__init__("segmenter", engine.where, engine)
         self.segmenter, self.pairs, self.settings, self.seed = segmenter, pairs, s, seed
         self.total, self.title = s.steps, f"segformer {s.model}"
-        self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, s.lr, s.steps)
+        self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, s.lr, s.steps, s.warmup)
         self.loss = engine.prepare(_Loss(segmenter, engine))
         self.order = Order(len(pairs), s.batch_size, torch.Generator().manual_seed(seed))
 
@@ -148,11 +184,13 @@ class _Training(Training):
         return super().finished or stalled(self.losses, self.order.steps, self.settings.patience)
 
     def step(self) -> None:
-        chosen = next(self.order)
-        mirrored = torch.rand(1, generator=self.order.generator) < 0.5
+        chosen, mean = next(self.order), self.segmenter.mean.cpu()
+        mirrored = self.settings.recipe == "plain" and torch.rand(1, generator=self.order.generator) < 0.5
+        def change(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            if self.settings.recipe == "segformer": return _augmented(image, mask, self.settings.crop, mean)
+            return (image.flip(-1), mask.flip(-1)) if mirrored else (image, mask)
         def loss(part: Tensor) -> Tensor:
-            images, masks = _stacked(self.pairs, [chosen[i] for i in part.tolist()], self.where)
-            return self.loss(*(x.flip(-1) if mirrored else x for x in (images, masks)))
+            return self.loss(*_stacked(self.pairs, [chosen[i] for i in part.tolist()], self.where, change))
         self.losses.append(descend_in_parts(self.engine, self.loss, loss, len(chosen), self.optimizer,
                                             len(self.losses) + 1))
         self.schedule.step()
