@@ -282,7 +282,7 @@ def load_tensors(net: nn.Module,               # any network; changed only if ev
     wrong = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(),
              "of another shape": {name for name in own.keys() & tensors.keys()
                                   if own[name].shape != tensors[name].shape}}
-    def listed(names): return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    def listed(names): return ", ".join(sorted(names)[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     if any(wrong.values()):
         raise CafError("the tensors do not fit the network: "
                        + "; ".join(f"{kind}: {listed(n)}" for kind, n in wrong.items() if n), file,

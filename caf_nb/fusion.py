@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CAF', 'INFRARED', 'VISIBLE', 'MEAN', 'FusionNet', 'to_official', 'from_official', 'save_fusion', 'Source', 'bundled',
-           'load_fusion', 'find_weights', 'fuse', 'FolderResult', 'fuse_folder', 'load_methods']
+           'load_fusion', 'find_weights', 'fuse', 'FolderResult', 'fuse_folder', 'load_methods', 'contact_sheet']
 
 # %% ../nbs/lib/18_fusion.ipynb #c48e533b
 import json
 import os
+import re
 import tempfile
 import time
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -137,6 +139,23 @@ def bundled(name: str) -> Path: # such as "caf.safetensors"
     return Path(str(resources.files("caf_nb").joinpath("weights", name)))
 
 # %% ../nbs/lib/18_fusion.ipynb #b8d032a5
+def _read_for(entry: Method, net: nn.Module, file: Path) -> dict[str, Tensor]:
+    "The tensors of a file, ours or its authors', under our names. Raises `CafError` if it cannot be read."
+    tensors = read_tensors(file) if file.suffix == ".safetensors" else entry.read(file)
+    return tensors if tensors.keys() == net.state_dict().keys() else entry.convert(tensors)
+
+def _belongs_to(file: Path) -> str | None:
+    "The method whose network a file fits."
+    for method in METHODS:
+        try:
+            with torch.device("meta"): net = build_network(method)
+            own = {name: tensor.shape for name, tensor in net.state_dict().items()}
+            tensors = _read_for(find_method(method), net, file)
+            if own and own == {name: tensor.shape for name, tensor in tensors.items()}: return method
+        except Exception: continue # whatever another method's reader makes of it
+    return None
+
+# %% ../nbs/lib/18_fusion.ipynb #56d0f4e3
 # a name in `caf_nb.zoo.METHODS`: "caf", "ir", "vi", "tardal", ...
 def load_fusion(method: str,
                 # ours (.safetensors) or its authors' file; None: those that come with the package
@@ -146,7 +165,7 @@ def load_fusion(method: str,
 ) -> nn.Module:                                         # in eval mode
     """A fusion method, ready for `fuse`. Raises `CafError` on an unknown name or option, and on weights that are absent
     or do not fit."""
-    entry, target = find_method(method), find_device(device)
+    method, entry, target = method.lower(), find_method(method), find_device(device)
     net = build_network(method, **options)
     if entry.read is None and weights is not None:
         raise CafError(f"method {method!r} has no weights", weights, "Leave the weights out")
@@ -155,8 +174,12 @@ def load_fusion(method: str,
             raise CafError(f"method {method!r} needs weights, and none come with the package",
                            remedy=f"Name a file with weights: {entry.weights or 'the one'} of {entry.page or 'its authors'}, or one of your own training")
         file = Path(weights) if weights is not None else bundled(f"{method}.safetensors")
-        tensors = read_tensors(file) if file.suffix == ".safetensors" else entry.read(file)
-        load_tensors(net, tensors if tensors.keys() == net.state_dict().keys() else entry.convert(tensors), file)
+        try: load_tensors(net, _read_for(entry, net, file), file)
+        except CafError as error:
+            other = _belongs_to(file) if file.exists() else None
+            if other in (None, method): raise
+            raise CafError(f"this is a {find_method(other).title} checkpoint, and the method is {entry.title}", file,
+                           f"Load it as method {other!r}, or name the file of {entry.title}") from error
     return net.eval().to(target, memory_format=torch.channels_last)
 
 # %% ../nbs/lib/18_fusion.ipynb #60de19e6
@@ -164,7 +187,7 @@ def find_weights(root: str | Path, # folder with the weights of many methods; ""
                  method: str,      # a name in `caf_nb.zoo.METHODS`
 ) -> Path | None:                  # None: there are none
     "The weights of a method: ROOT/METHOD/its published file, else ROOT/METHOD.safetensors, else those of the package."
-    published = find_method(method).weights
+    method, published = method.lower(), find_method(method).weights
     own = [Path(root)/method/published] if str(root) and published else []
     own += [Path(root)/f"{method}.safetensors"] if str(root) else []
     return next((file for file in (*own, bundled(f"{method}.safetensors")) if file.is_file()), None)
@@ -300,19 +323,43 @@ def _find_pairs(ir: Path, vi: Path) -> tuple[Sequence[Pair], list[Path]]:
     return pairs, pairs.unmatched
 
 # %% ../nbs/lib/18_fusion.ipynb #5777b375
-def _prepare_output(out: Path, pairs: Sequence[Pair]) -> None:
+def _targets(out: Path, pairs: Sequence[Pair]) -> dict[Pair, Path]: # where the result of each pair goes
     "Make the folder `out`. Raises `CafError` if sources would be overwritten or the folder cannot be written."
+    single = out.suffix.lower() == ".png" and not out.is_dir()
+    if single and len(pairs) > 1: raise CafError(f"is one file for {len(pairs)} pairs", out, "Give a folder")
+    targets = {pair: out if single else out/f"{pair.stem}.png" for pair in pairs}
     sources = {file.resolve() for pair in pairs for file in (pair.ir, pair.vi)}
     folders = {file.parent.resolve() for file in (pairs[0].ir, pairs[0].vi)}
-    if out.resolve() in folders or any((out/f"{pair.stem}.png").resolve() in sources for pair in pairs):
+    if not single and out.resolve() in folders or any(target.resolve() in sources for target in targets.values()):
         raise CafError("the output folder holds the source images, which the results could overwrite", out,
                        "Choose another output folder")
+    place = out.parent if single else out
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out): pass
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place): pass
     except OSError as error:
-        raise CafError(f"the output folder cannot be written ({error.strerror})", out,
+        raise CafError(f"the output folder cannot be written ({error.strerror})", place,
                        "Choose a folder that you may write to") from None
+    return targets
+
+# %% ../nbs/lib/18_fusion.ipynb #c2bae5b4
+_WORDS = {"ir": {"ir", "tir", "lwir", "infrared", "thermal"}, "vi": {"vi", "vis", "rgb", "visible"}}
+
+def _named(file: Path) -> set[str]: # of "ir" and "vi"
+    "What a file and its folder are called after."
+    words = set(re.findall("[a-z]+", f"{file.parent.name} {file.stem}".lower()))
+    return {kind for kind, names in _WORDS.items() if words & names}
+
+def _in_color(file: Path) -> bool: # False also if it cannot be read, which others say
+    try: image = read_image(file)
+    except CafError: return False
+    return bool((image - image[:1]).abs().max() > 8 / 255)
+
+def _warn_if_swapped(pair: Pair) -> None:
+    named = _named(pair.ir) == {"vi"} or _named(pair.vi) == {"ir"}
+    if named or _in_color(pair.ir) and not _in_color(pair.vi):
+        why = "by their names" if named else "the infrared picture is in colour and the visible one gray"
+        warnings.warn(f"{pair.ir}, {pair.vi}: ir and vi look swapped ({why}).", stacklevel=3)
 
 # %% ../nbs/lib/18_fusion.ipynb #f6b9cf35
 def _write_fused(path: Path, # STEM.png
@@ -330,6 +377,8 @@ class FolderResult(NamedTuple):
     done: list[Path]         # files written
     failures: list[CafError] # one for each pair that could not be fused
     unmatched: list[Path]    # source files without a partner, left out
+    targets: dict[Pair, Path] # where the result of each pair is or would be
+    skipped: list[Path]      # results that were there already
     seconds: float           # wall time
 
 # %% ../nbs/lib/18_fusion.ipynb #42116caf
@@ -353,15 +402,19 @@ def _failure(error: Exception, pair: Pair) -> CafError:
 def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 ir: str | Path,        # folder (or one file)
                 vi: str | Path,        # folder (or one file); partners have the same stem
-                out: str | Path,       # folder for the results, STEM.png; made if absent
+                out: str | Path,       # folder for the results, STEM.png, made if absent; or FILE.png for one pair
                 color: bool = True,    # put the chroma of `vi` back, where it has any
                 progress: bool = True, # show a bar on stderr
+    overwrite: bool = True, # else pairs whose result is there are skipped
 ) -> FolderResult:
     """Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the
     `failures`."""
     start, out = time.perf_counter(), Path(out)
     pairs, unmatched = _find_pairs(Path(ir), Path(vi))
-    _prepare_output(out, pairs)
+    targets = _targets(out, pairs)
+    _warn_if_swapped(pairs[0])
+    skipped = [target for target in targets.values() if target.exists() and not overwrite]
+    pairs = [pair for pair in pairs if targets[pair] not in skipped]
     done, failures, writing = [], [], deque()
 
     def settle(most: int) -> None: # wait until at most so many writes are under way
@@ -376,12 +429,12 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
             try:
                 ir_image, vi_image = reading.result()
                 with torch.inference_mode(): fused = fuse(net, ir_image, luma(vi_image))
-                writing.append((pair, pool.submit(_write_fused, out/f"{pair.stem}.png", fused, vi_image, color)))
+                writing.append((pair, pool.submit(_write_fused, targets[pair], fused, vi_image, color)))
             except Exception as error: failures.append(_failure(error, pair)) # whatever it is, the others must go on
             settle(2)
         settle(0)
     finally: pool.shutdown(cancel_futures=True)
-    return FolderResult(done, failures, unmatched, time.perf_counter() - start)
+    return FolderResult(done, failures, unmatched, targets, skipped, time.perf_counter() - start)
 
 # %% ../nbs/lib/18_fusion.ipynb #68f1a112
 # names, or one string with commas; "": all that have weights, without the sources
@@ -396,3 +449,19 @@ def load_methods(methods: str | Sequence[str] = "",
     chosen = named or [m for m in METHODS if find_method(m).read is not None and find_weights(weights_root, m)]
     return {m: load_fusion(m, None if find_method(m).read is None else find_weights(weights_root, m), device)
             for m in chosen}
+
+# %% ../nbs/lib/18_fusion.ipynb #c7f8bbb3
+def contact_sheet(file: Path,                               # FILE.png
+                  columns: Mapping[str, Sequence[str | Path]], # title -> pictures, as many in each
+                  side: int = 224,                          # longer side of a picture, in pixels
+) -> None:
+    "Write pictures side by side, a row for each pair. Raises `CafError` if one cannot be read, or the sheet not written."
+    rows = [[Image.fromarray(to_uint8(read_image(picture).expand(3, -1, -1)).permute(1, 2, 0).numpy()) for picture in row]
+            for row in zip(*columns.values(), strict=True)]
+    rows = [[ImageOps.contain(picture, (side, side)) for picture in row] for row in rows]
+    heights = [max(picture.height for picture in row) + 4 for row in rows]
+    sheet = Image.new("RGB", ((side + 4) * len(columns), 20 + sum(heights)), "white")
+    for x, title in enumerate(columns): ImageDraw.Draw(sheet).text(((side + 4) * x + 4, 4), title, "black")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row): sheet.paste(picture, ((side + 4) * x + 2, 20 + sum(heights[:y])))
+    write_png(file, torch.from_numpy(np.array(sheet)).permute(2, 0, 1))

@@ -83,11 +83,11 @@ METHODS: dict[str, str | Method] = {
     "tardal": "caf_nb.zoo.tardal:METHOD",
 }
 
-def find_method(name: str, # a name in `METHODS`
+def find_method(name: str, # a name in `METHODS`, in any case
 ) -> Method:
     "The entry of a method. Raises `CafError` on an unknown name, with the known ones."
-    if name not in METHODS: raise CafError(f"there is no method {name!r}", remedy=f"Choose one of {', '.join(METHODS)}")
-    entry = METHODS[name]
+    if name.lower() not in METHODS: raise CafError(f"there is no method {name!r}", remedy=f"Choose one of {', '.join(METHODS)}")
+    entry = METHODS[name.lower()]
     if isinstance(entry, Method): return entry
     module, _, attribute = entry.partition(":")
     try: return getattr(import_module(module), attribute)
