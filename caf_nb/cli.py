@@ -6,6 +6,7 @@
 __all__ = ['fuse_app', 'eval_app', 'report_app', 'data_app', 'caf_fuse', 'caf_eval', 'caf_data']
 
 # %% ../nbs/lib/38_cli.ipynb #c5089738
+import os
 import signal
 import sys
 import warnings
@@ -51,18 +52,80 @@ _Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 # %% ../nbs/lib/38_cli.ipynb #be92d4de
+_Fused = tuple[Path, Path, Path, bool, bool] # ir, vi, out; colour, overwrite
+
+def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused) -> Any: # FolderResult
+    "Fuse with one method, and say what came of it and whose weights these are."
+    from caf_nb.fusion import bundled, fuse_folder
+    from caf_nb.zoo import find_method
+    *places, color, overwrite = files
+    result, entry = fuse_folder(net, *places, color, overwrite=overwrite), find_method(method)
+    for file in result.unmatched: _say("caf-fuse", f"{file}: has no partner and was left out.")
+    for error in result.failures: _say("caf-fuse", error)
+    n, time = len(result.done), f"{result.seconds:.1f} s ({len(result.done) / result.seconds:.2f} pairs/s)"
+    typer.echo(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {places[2]}")
+    if result.skipped: typer.echo(f"{len(result.skipped)} skipped, since their results exist: --overwrite replaces them")
+    ours = f"of our own, trained on synthetic scenes; the official file is {entry.weights} of {entry.page}"
+    own = weights in (None, bundled(f"{method}.safetensors"))
+    if entry.read is not None: typer.echo(f"weights of {entry.title}: {ours if own else weights}")
+    return result
+
+def _show(sheet: Path) -> None:
+    "Say where a picture is, and open it where somebody can look at it."
+    typer.echo(f"all pictures side by side: {sheet}")
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32")
+    if display and sys.stdout.isatty(): typer.launch(str(sheet))
+
+# %% ../nbs/lib/38_cli.ipynb #d22a19ea
+def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: _Fused, sheet: bool) -> int:
+    "Fuse with each method; gives the number of pairs that could not be fused."
+    from caf_nb.core import CafError
+    from caf_nb.fusion import contact_sheet, find_weights, load_fusion
+    from caf_nb.zoo import find_method
+    ir, vi, out, *rest = files
+    several, titles = len(methods) > 1, {method: find_method(method).title for method in methods}
+    if several and out.suffix.lower() == ".png": raise CafError("is one file for several methods", out, "Give a folder")
+    if several and weights and not weights.is_dir():
+        raise CafError("several methods need a folder of weights", weights, "Put METHOD.safetensors or METHOD/FILE into it")
+    found = {m: find_weights(weights, m) if several and weights else weights for m in methods}
+    nets = {m: load_fusion(m, found[m], device) for m in methods}
+    results = {m: _fuse_with(net, m, found[m], (ir, vi, out/m if several else out, *rest)) for m, net in nets.items()}
+    pairs = [pair for pair in results[methods[0]].targets if all(r.targets[pair].is_file() for r in results.values())][:6]
+    if pairs and (several or sheet):
+        made = {titles[m]: [r.targets[pair] for pair in pairs] for m, r in results.items()}
+        place = (out if several else out.parent)/"sheet.png"
+        contact_sheet(place, {"infrared": [p.ir for p in pairs], "visible": [p.vi for p in pairs], **made})
+        _show(place)
+    return sum(len(result.failures) for result in results.values())
+
+def _demo_pairs(folder: Path) -> tuple[Path, Path, Path]: # ir, vi, and where to fuse to
+    "Write four synthetic pairs."
+    from caf_nb.data import write_png
+    from caf_nb.synth import SynthScenes
+    for kind in ("ir", "vi"): (folder/kind).mkdir(parents=True, exist_ok=True)
+    for scene in SynthScenes(4, 192, seed=0):
+        for kind in ("ir", "vi"): write_png(folder/kind/f"{scene.stem}.png", getattr(scene, kind))
+    return folder/"ir", folder/"vi", folder/"fused"
+
+# %% ../nbs/lib/38_cli.ipynb #3fa769fb
 fuse_app = _app()
+_fuse_ir = "Folder of infrared images, or one file."
 _fuse_vi = "Folder of visible images, or one file. Partners share the stem: ir/7.jpg and vi/7.png."
-_fuse_weights = "Our .safetensors or the authors' checkpoint. Without it: the weights in the package."
+_fuse_out = "Folder for the results, STEM.png, made if it is absent; or FILE.png for one pair."
+_fuse_method = "Names with commas, each gets a folder; `ir` and `vi` pass a source through; a wrong name lists all."
+_fuse_weights = "Our .safetensors or the authors' checkpoint, or a folder for several methods. Default: those in the package."
+_fuse_demo = "Fuse four synthetic pairs into a folder (caf-fuse-demo, or --out) and make a sheet of them."
 
 @fuse_app.command()
 def caf_fuse(
-    ir: Annotated[Path, typer.Option(metavar="DIR|FILE", help="Folder of infrared images, or one file.")],
-    vi: Annotated[Path, typer.Option(metavar="DIR|FILE", help=_fuse_vi)],
-    out: Annotated[Path, _folder(help="Folder for the results, STEM.png; made if it is absent.")],
-    method: Annotated[str, typer.Option(help="`ir` and `vi` pass a source through; a wrong name lists all.")] = "caf",
-    weights: Annotated[Path | None, _file(help=_fuse_weights)] = None,
+    ir: Annotated[Path | None, typer.Option(metavar="DIR|FILE", help=_fuse_ir)] = None,
+    vi: Annotated[Path | None, typer.Option(metavar="DIR|FILE", help=_fuse_vi)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR|FILE", help=_fuse_out)] = None,
+    method: Annotated[str, typer.Option(help=_fuse_method)] = "caf",
+    weights: Annotated[Path | None, typer.Option(metavar="FILE|DIR", help=_fuse_weights)] = None,
     color: Annotated[bool, typer.Option("--color/--gray", help="Colour where the visible image has it.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist; else they are skipped.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help=_fuse_demo)] = False,
     device: _Device = "auto",
     version: _Version = False,
 ) -> None:
@@ -71,13 +134,12 @@ def caf_fuse(
     Exit code 0: every pair was fused. 1: some were not; each has one line on stderr. 2: the command line is wrong.
     """
     with _errors_as_text("caf-fuse"):
-        from caf_nb.fusion import fuse_folder, load_fusion
-        result = fuse_folder(load_fusion(method, weights, device), ir, vi, out, color)
-        for file in result.unmatched: _say("caf-fuse", f"{file}: has no partner and was left out.")
-        for error in result.failures: _say("caf-fuse", error)
-        n, time = len(result.done), f"{result.seconds:.1f} s ({len(result.done) / result.seconds:.2f} pairs/s)"
-        typer.echo(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {out}")
-        if result.failures: raise typer.Exit(1)
+        if demo and not (ir or vi): ir, vi, out = _demo_pairs(out or Path("caf-fuse-demo"))
+        for name, given in (("--ir", ir), ("--vi", vi), ("--out", out)):
+            if given is None: raise typer.BadParameter("it is missing; or try --demo", param_hint=f"'{name}'")
+        assert ir and vi and out
+        methods = list(dict.fromkeys(m.strip().lower() for m in method.split(",") if m.strip()))
+        if _fuse_methods(methods or ["caf"], weights, device, (ir, vi, out, color, overwrite or demo), demo): raise typer.Exit(1)
 
 # %% ../nbs/lib/38_cli.ipynb #63bc3647
 def _check_writable(path: Path) -> None:
@@ -94,8 +156,10 @@ def _check_writable(path: Path) -> None:
 def _measure(ir: Path, vi: Path, fused: list[Path], out: Path, metrics: str, convention: str, device: str) -> int:
     "Measure, write and print; gives the number of images that could not be measured."
     from caf_nb.core import replacing
-    from caf_nb.metrics import evaluate_fusion, find_convention
-    names, chosen = [m.strip() for m in metrics.split(",")], find_convention(convention)
+    from caf_nb.metrics import METRICS, evaluate_fusion, find_convention
+    known = {name.lower(): name for name in METRICS}
+    names = [known.get(m.strip().lower(), m.strip()) for m in metrics.split(",")]
+    chosen = find_convention(convention)
     _check_writable(out)
     frame = evaluate_fusion(ir, vi, fused, names, chosen, device)
     with replacing(out) as part: frame.to_csv(part, index=False)
@@ -267,6 +331,12 @@ def _prepare(
         if made.left_out: typer.echo(f"left out: {made.left_out}; {look}")
 
 # %% ../nbs/lib/38_cli.ipynb #e9518e20
+@data_app.command("list")
+def _list() -> None:
+    "List the data sets that can be checked and prepared."
+    from caf_nb.data.sets import READERS, where
+    for name in READERS: typer.echo(f"{name:<14}{where(name).title:<28}{where(name).page}")
+
 _Which = Annotated[str, typer.Argument(metavar="DATASET", help=_sets, show_default=False)]
 
 @data_app.command("where")

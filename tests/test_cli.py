@@ -17,6 +17,7 @@ import caf_nb
 from caf_nb.cli import fuse_app
 from caf_nb.data import read_image, write_png
 from caf_nb.fusion import FusionNet, save_fusion
+from caf_nb.zoo import build_network, find_method
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def folder(tmp_path):
 
 def caf_fuse(folder, **changes):
     "Run caf-fuse on the folder; `changes` replaces options (None leaves one out, True is a flag)."
-    options = {"ir": folder / "ir", "vi": folder / "vi", "out": folder / "out", "weights": folder / "net.safetensors", **changes}
+    options = {"ir": folder / "ir", "vi": folder / "vi", "out": folder / "out", "weights": folder / "net.safetensors", "overwrite": True, **changes}
     words = [w for name, value in options.items() if value is not None for w in ([f"--{name}"] + ([] if value is True else [str(value)]))]
     run = CliRunner().invoke(fuse_app, words)
     assert run.exception is None or isinstance(run.exception, SystemExit), run.exception
@@ -60,7 +61,9 @@ def test_all_pairs(folder):
     sources = contents(folder / "ir", folder / "vi")
     run = caf_fuse(folder)
     assert run.exit_code == 0 and sentences(run) == []
-    assert run.stdout.startswith("4 of 4 pairs fused in ") and run.stdout.endswith(f"written to {folder / 'out'}\n") and run.stdout.count("\n") == 1
+    said, weights = run.stdout.splitlines()
+    assert said.startswith("4 of 4 pairs fused in ") and said.endswith(f"written to {folder / 'out'}")
+    assert weights == f"weights of CAF: {folder / 'net.safetensors'}"
     assert [read_image(folder / "out" / f"{i}.png").shape for i in range(4)] == [(3, 32, 48)] * 4
     assert contents(folder / "ir", folder / "vi") == sources
     assert "4/4" in run.stderr
@@ -83,6 +86,83 @@ def test_two_single_files(folder):
     run = caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/3.png", out=folder / "one")
     assert run.exit_code == 0
     assert [p.name for p in (folder / "one").iterdir()] == ["3.png"]
+
+
+def test_results_that_exist_stay(folder):
+    "Without --overwrite they are skipped and counted, and what is missing is made."
+    (folder / "out/2.png").unlink()
+    run = caf_fuse(folder, overwrite=None)
+    assert run.exit_code == 0 and run.stdout.startswith("1 of 1 pairs fused in ")
+    assert run.stdout.splitlines()[1] == "3 skipped, since their results exist: --overwrite replaces them"
+    assert read_image(folder / "out/2.png").shape == (3, 32, 48) and (folder / "out/1.png").read_bytes() == b"from yesterday"
+
+
+def test_the_weights_are_named(folder):
+    "Without --weights the line names the official file."
+    last = caf_fuse(folder, weights=None).stdout.splitlines()[-1]
+    assert "trained on synthetic scenes" in last and "Det_final.pth of https://github.com/RollingPlain/CAF_IVIF" in last
+
+
+@pytest.mark.parametrize("method", ["tardal", "reconet", "didfuse", "sdnet", "umfusion", "defusion", "u2fusion"])
+def test_weights_of_another_method(folder, method):
+    "One short sentence says whose they are."
+    for words in ({"method": method}, {"weights": other_weights(folder, method)}):
+        run = caf_fuse(folder, **words)
+        title = "CAF" if "method" in words else find_method(method).title
+        assert run.exit_code == 1 and len(run.stderr.splitlines()) == 1
+        assert f"this is a {title} checkpoint" in run.stderr and len(run.stderr) - len(str(folder)) < 300
+
+
+def other_weights(folder, method):
+    save_fusion(folder / f"{method}.safetensors", build_network(method), {})
+    return folder / f"{method}.safetensors"
+
+
+def test_several_methods(folder):
+    "A folder each, the same in each as alone, and one sheet; names in any case; weights from a folder."
+    other_weights(folder, "tardal")
+    (folder / "net.safetensors").rename(folder / "caf.safetensors")
+    run = caf_fuse(folder, method="CAF, TarDAL,mean", weights=folder, out=folder / "all")
+    assert run.exit_code == 0 and sorted(p.name for p in (folder / "all").iterdir()) == ["caf", "mean", "sheet.png", "tardal"]
+    caf_fuse(folder, weights=folder / "caf.safetensors")
+    assert [p.read_bytes() for p in sorted((folder / "all/caf").iterdir())] == [p.read_bytes() for p in sorted((folder / "out").iterdir())]
+    assert f"weights of TarDAL: {folder / 'tardal.safetensors'}" in run.stdout and "weights of mean" not in run.stdout
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"method": "caf,cfa", "weights": None}, "there is no method 'cfa'"), ({"method": "caf,tardal", "weights": None}, "method 'tardal' needs weights"),
+    ({"method": "caf,mean"}, "net.safetensors: several methods need a folder of weights"),
+    ({"method": "ir,vi", "weights": None, "out": "all.png"}, "all.png: is one file for several methods"),
+    ({"out": "all.png"}, "all.png: is one file for 4 pairs")])
+def test_several_methods_refused(folder, changes, sentence):
+    before = contents(folder)
+    run = caf_fuse(folder, **changes)
+    assert run.exit_code == 1 and len(run.stderr.splitlines()) == 1 and sentence in run.stderr
+    assert contents(folder) == before
+
+
+def test_one_file(folder):
+    run = caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/0.png", out=folder / "new/fused.png")
+    assert run.exit_code == 0 and read_image(folder / "new/fused.png").shape == (3, 32, 48)
+    assert caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/0.png", out=folder / "vi/0.png").exit_code == 1
+
+
+def test_swapped_folders(folder):
+    "Names tell, and colour does; one sentence for the whole run."
+    run = caf_fuse(folder, ir=folder / "vi", vi=folder / "ir", method="ir,mean", weights=None)
+    assert run.exit_code == 0 and ["look swapped" in s for s in sentences(run)] == [True]
+    for kind, name in (("ir", "b"), ("vi", "a")): (folder / kind).rename(folder / name)
+    assert "in colour and the visible one gray" in sentences(caf_fuse(folder, ir=folder / "a", vi=folder / "b"))[0]
+    assert sentences(caf_fuse(folder, ir=folder / "b", vi=folder / "a")) == []
+
+
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(fuse_app, ["--demo"])
+    assert run.exit_code == 0 and run.stdout.endswith(f"{Path('caf-fuse-demo/sheet.png')}\n")
+    assert len(list((tmp_path / "caf-fuse-demo/fused").iterdir())) == 4
+    assert read_image(tmp_path / "caf-fuse-demo/sheet.png").shape == (3, 20 + 4 * 228, 3 * 228)
+    assert CliRunner().invoke(fuse_app, ["--demo"]).stdout.startswith("4 of 4 pairs fused")
 
 
 def test_a_file_without_partner_is_told(folder):
@@ -201,7 +281,7 @@ def writable(place):
 
 def test_a_missing_option_is_exit_code_2(folder):
     run = caf_fuse(folder, vi=None)
-    assert run.exit_code == 2 and "Missing option '--vi'" in run.stderr
+    assert run.exit_code == 2 and "Invalid value for '--vi': it is missing; or try --demo" in run.stderr
 
 
 # ---------------------------------------------------------------- the installed program
@@ -215,7 +295,7 @@ def program():
 def test_installed_program(folder):
     "The console script: exit code, one sentence, no traceback."
     truncated(folder)
-    options = [program(), "--ir", folder / "ir", "--vi", folder / "vi", "--out", folder / "out", "--method", "vi"]
+    options = [program(), "--ir", folder / "ir", "--vi", folder / "vi", "--out", folder / "out", "--method", "vi", "--overwrite"]
     run = subprocess.run(options, capture_output=True, text=True)
     assert (run.returncode, run.stdout.split(" in ")[0]) == (1, "3 of 4 pairs fused")
     assert f"caf-fuse: {folder / 'vi/1.png'}: cannot be decoded" in run.stderr and "Traceback" not in run.stderr
