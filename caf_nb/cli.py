@@ -64,7 +64,8 @@ def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused) -> An
     for error in result.failures: _say("caf-fuse", error)
     n, time = len(result.done), f"{result.seconds:.1f} s ({len(result.done) / result.seconds:.2f} pairs/s)"
     typer.echo(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {places[2]}")
-    if result.skipped: typer.echo(f"{len(result.skipped)} skipped, since their results exist: --overwrite replaces them")
+    n = len(result.skipped)
+    if n: typer.echo(f"{n} skipped, since their results exist: --overwrite replaces them")
     ours = f"of our own, trained on synthetic scenes; the official file is {entry.weights} of {entry.page}"
     own = weights in (None, bundled(f"{method}.safetensors"))
     if entry.read is not None: typer.echo(f"weights of {entry.title}: {ours if own else weights}")
@@ -86,13 +87,13 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
     several, titles = len(methods) > 1, {method: find_method(method).title for method in methods}
     if several and out.suffix.lower() == ".png": raise CafError("is one file for several methods", out, "Give a folder")
     if several and weights and not weights.is_dir():
-        raise CafError("several methods need a folder of weights", weights, "Put METHOD.safetensors or METHOD/FILE into it")
+        raise CafError("several methods need a folder of weights", weights, "Name one with METHOD.safetensors in it")
     found = {m: find_weights(weights, m) if several and weights else weights for m in methods}
     nets = {m: load_fusion(m, found[m], device) for m in methods}
     results = {m: _fuse_with(net, m, found[m], (ir, vi, out/m if several else out, *rest)) for m, net in nets.items()}
-    pairs = [pair for pair in results[methods[0]].targets if all(r.targets[pair].is_file() for r in results.values())][:6]
+    pairs = [p for p in results[methods[0]].targets if all(r.targets[p].is_file() for r in results.values())][:6]
     if pairs and (several or sheet):
-        made = {titles[m]: [r.targets[pair] for pair in pairs] for m, r in results.items()}
+        made = {titles[m]: [r.targets[p] for p in pairs] for m, r in results.items()}
         place = (out if several else out.parent)/"sheet.png"
         contact_sheet(place, {"infrared": [p.ir for p in pairs], "visible": [p.vi for p in pairs], **made})
         _show(place)
@@ -113,7 +114,7 @@ _fuse_ir = "Folder of infrared images, or one file."
 _fuse_vi = "Folder of visible images, or one file. Partners share the stem: ir/7.jpg and vi/7.png."
 _fuse_out = "Folder for the results, STEM.png, made if it is absent; or FILE.png for one pair."
 _fuse_method = "Names with commas, each gets a folder; `ir` and `vi` pass a source through; a wrong name lists all."
-_fuse_weights = "Our .safetensors or the authors' checkpoint, or a folder for several methods. Default: those in the package."
+_fuse_weights = "Our .safetensors or the authors' file; a folder for several methods. Default: those in the package."
 _fuse_demo = "Fuse four synthetic pairs into a folder (caf-fuse-demo, or --out) and make a sheet of them."
 
 @fuse_app.command()
@@ -124,7 +125,7 @@ def caf_fuse(
     method: Annotated[str, typer.Option(help=_fuse_method)] = "caf",
     weights: Annotated[Path | None, typer.Option(metavar="FILE|DIR", help=_fuse_weights)] = None,
     color: Annotated[bool, typer.Option("--color/--gray", help="Colour where the visible image has it.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist; else they are skipped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help=_fuse_demo)] = False,
     device: _Device = "auto",
     version: _Version = False,
@@ -139,7 +140,8 @@ def caf_fuse(
             if given is None: raise typer.BadParameter("it is missing; or try --demo", param_hint=f"'{name}'")
         assert ir and vi and out
         methods = list(dict.fromkeys(m.strip().lower() for m in method.split(",") if m.strip()))
-        if _fuse_methods(methods or ["caf"], weights, device, (ir, vi, out, color, overwrite or demo), demo): raise typer.Exit(1)
+        failed = _fuse_methods(methods or ["caf"], weights, device, (ir, vi, out, color, overwrite or demo), demo)
+        if failed: raise typer.Exit(1)
 
 # %% ../nbs/lib/38_cli.ipynb #63bc3647
 def _check_writable(path: Path) -> None:

@@ -172,7 +172,7 @@ def load_fusion(method: str,
     if entry.read is not None:
         if weights is None and not bundled(f"{method}.safetensors").is_file():
             raise CafError(f"method {method!r} needs weights, and none come with the package",
-                           remedy=f"Name a file with weights: {entry.weights or 'the one'} of {entry.page or 'its authors'}, or one of your own training")
+                           remedy=f"Name a file: {entry.weights or 'that'} of {entry.page or 'its authors'}, or one of your own")
         file = Path(weights) if weights is not None else bundled(f"{method}.safetensors")
         try: load_tensors(net, _read_for(entry, net, file), file)
         except CafError as error:
@@ -455,10 +455,11 @@ def contact_sheet(file: Path,                               # FILE.png
                   columns: Mapping[str, Sequence[str | Path]], # title -> pictures, as many in each
                   side: int = 224,                          # longer side of a picture, in pixels
 ) -> None:
-    "Write pictures side by side, a row for each pair. Raises `CafError` if one cannot be read, or the sheet not written."
-    rows = [[Image.fromarray(to_uint8(read_image(picture).expand(3, -1, -1)).permute(1, 2, 0).numpy()) for picture in row]
-            for row in zip(*columns.values(), strict=True)]
-    rows = [[ImageOps.contain(picture, (side, side)) for picture in row] for row in rows]
+    "Write pictures side by side, a row for each pair. Raises `CafError` if that is not possible."
+    def small(picture: str | Path) -> Image.Image:
+        pixels = to_uint8(read_image(picture).expand(3, -1, -1)).permute(1, 2, 0).numpy()
+        return ImageOps.contain(Image.fromarray(pixels), (side, side))
+    rows = [[small(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
     heights = [max(picture.height for picture in row) + 4 for row in rows]
     sheet = Image.new("RGB", ((side + 4) * len(columns), 20 + sum(heights)), "white")
     for x, title in enumerate(columns): ImageDraw.Draw(sheet).text(((side + 4) * x + 4, 4), title, "black")
