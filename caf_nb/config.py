@@ -7,7 +7,7 @@ __all__ = ['DataSettings', 'SearchSettings', 'FusionSettings', 'DetectorSettings
            'Profile']
 
 # %% ../nbs/lib/01_config.ipynb #0643059f
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,11 @@ from .core import CafError
 # %% ../nbs/lib/01_config.ipynb #9f6d6961
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _before: ClassVar[dict[str, Any]] = {}  # what every result had before a field came and had another default
+
+    def _exca_uid_dict_override(self) -> dict[str, Any]: # earlier results keep their identity
+        shown = self.model_dump(exclude_defaults=True, mode="json") | self.model_dump(include=set(self._before))
+        return {name: value for name, value in shown.items() if (name, value) not in self._before.items()}
 
 class DataSettings(_Settings):
     "Source, number and size of the scenes."
@@ -37,7 +42,10 @@ class SearchSettings(_Settings):
     lr_alpha: float = Field(5e-2, gt=0)      # Adam, paper section 4.1
     lr_fusion: float = Field(1e-4, gt=0)     # Adam; also the eta of the unrolled step
     lr_task: float = Field(1e-4, gt=0)       # Adam; the paper gives none
-    decay: float = Field(0.998, gt=0, le=1)  # of every learning rate, each epoch
+    order: Literal["printed", "beta_first"] = "printed" # beta_first: before omega_f moves, as in DARTS
+    decay: float = Field(0.998, gt=0, le=1)  # of a learning rate, paper section 4.1
+    decay_of: Literal["beta", "all"] = "beta" # whose rate; all: those of omega_t and omega_f as well
+    decay_every: Literal["epoch", "step"] = "epoch" # step: each update of beta; the paper says neither
     warmup_task: int = Field(0, ge=0)        # first updates of omega_t alone; paper: COCO weights instead
     kind: Literal["finite_difference", "exact", "neumann"] = "finite_difference"  # of the hypergradient
     r: float | None = Field(None, gt=0)      # kind finite_difference only: its radius; the released code's is 0.01
@@ -46,6 +54,7 @@ class SearchSettings(_Settings):
     scale_free: bool = False                 # Adam sees the direction of the hypergradient, not its norm
     max_norm: float | None = Field(None, gt=0) # clips the gradient norm of the updates of omega_t and omega_f
     tolerance: float = Field(0, ge=0)        # converged if no weight moves further in an epoch; 0: run all epochs
+    _before = {"order": "beta_first", "decay_of": "all"}
 
     @model_validator(mode="after")
     def _one_kind(self) -> "SearchSettings":
@@ -105,7 +114,7 @@ class Profile(_Settings):
     fusion: FusionSettings
     detector: DetectorSettings
     segmenter: SegmenterSettings
-    vgg: Literal["random", "slim", "imagenet"]  # behind the perceptual terms n and o, see `load_vgg`
+    vgg: Literal["random", "slim", "imagenet", "vgg19"] # behind terms n and o, see `load_vgg`; paper: VGG-16
     pretraining: PretrainSettings | None = None # None: task networks start from published or random weights
     fusion_scenes: Literal["task", "loss"] = "task" # without blocks: of a row's task; "loss": of its search, else m3fd
     bundled: bool = False               # whether networks continue from the checkpoints of the package
@@ -144,7 +153,7 @@ _MINI = Profile(
     note="trends on synthetic scenes, not the paper's data: made before all rows of a task trained on its scenes "
          "(on mfnet, rows without a searched loss saw m3fd; swapped rows saw the other task's)",
     data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
-    search=SearchSettings(epochs=1, batch_size=4, lr_alpha=0.1, lr_fusion=1e-3),
+    search=SearchSettings(epochs=1, batch_size=4, lr_alpha=0.1, lr_fusion=1e-3, order="beta_first", decay_of="all"),
     fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3, crop=64),
     detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
     segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, recipe="plain", pretrained=False),

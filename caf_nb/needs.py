@@ -101,7 +101,8 @@ def _weight_needs(profile: Profile, weights_root: str | Path) -> list[Need]:
         add(detector_weights(detector.model), lambda file: Detector(M3FD_CLASSES, detector.model, file))
     if segmenter.pretrained:
         add(segmenter_weights(segmenter.model), lambda file: Segmenter(MFNET_CLASSES, segmenter.model, file))
-    if profile.vgg == "imagenet": add(vgg_weights(), load_vgg, "") # where torchvision keeps them
+    depth = {"imagenet": 16, "vgg19": 19}.get(profile.vgg)
+    if depth: add(vgg_weights(depth), load_vgg, "") # where torchvision keeps them
     if detector.pretrained or segmenter.pretrained:
         need = _pretrained_need(deeplab_weights(), weights_root, DeepLab)
         optional = need._replace(state="warning", detail=f"{need.detail}; figure 4 shows an untrained network")

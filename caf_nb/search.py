@@ -72,7 +72,8 @@ class _Players:
         self.by_fusion = Adam(net.parameters(), settings.lr_fusion)
         self.by_alpha = Adam([self.alpha], settings.lr_alpha)
         self.optimizers = self.by_task, self.by_fusion, self.by_alpha
-        self.schedules = [ExponentialLR(optimizer, settings.decay) for optimizer in self.optimizers]
+        self.schedules = [ExponentialLR(optimizer, settings.decay if only or settings.decay_of == "all" else 1)
+                          for optimizer, only in zip(self.optimizers, (False, False, True))]
         sizes = settings.batch_size, settings.val_batch_size or settings.batch_size, settings.batch_size
         self.scenes = train, val, train
         self.orders = [Order(len(scenes), size, torch.Generator().manual_seed(seed + i))
@@ -106,10 +107,6 @@ def _fusion_gradient(p: _Players, targets: Targets) -> tuple[Tensor, dict[str, f
     norm = backward(loss, p.by_fusion, len(p.rows), f"the fusion loss{f' ({broken[0]})' if broken else ''}")
     return norm, {"fusion_loss": loss.item()} | {f"value_{name}": term for name, term in zip(TERMS, terms.tolist())}
 
-def _step_fusion(p: _Players, norm: Tensor) -> None:
-    "The step of omega_f along that gradient."
-    move(p.by_fusion, norm, p.settings.max_norm)
-
 # %% ../nbs/lib/21_search.ipynb #64c46b41
 def _update_beta(p: _Players, targets: Targets, batch: Batch) -> dict[str, float]:
     "The hypergradient update."
@@ -120,11 +117,11 @@ def _update_beta(p: _Players, targets: Targets, batch: Batch) -> dict[str, float
         check_finite(losses[-1].detach(), "the validation task loss", len(p.rows))
         return losses[-1]
     trained = [w for w in p.net.parameters() if w.requires_grad]
-    gradient = None if s.kind == "exact" else [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
+    known = s.order == "beta_first" and s.kind != "exact"  # of omega_f as it is
+    gradient = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained] if known else None
     with _buffers_kept(p.task):
         found = hypergradient(p.net, p.space, p.alpha, (targets.ir, targets.vi), val_loss,
-                              p.by_fusion.param_groups[0]["lr"],
-                              s.kind, targets, gradient, s.r, s.neumann_terms)
+                              p.by_fusion.param_groups[0]["lr"], s.kind, targets, gradient, s.r, s.neumann_terms)
     norm = found.norm()
     check_finite(norm, "the hypergradient", len(p.rows))
     cosine = torch.cosine_similarity(found, p.last, dim=0, eps=0).item()  # nan at the first step
@@ -141,17 +138,25 @@ def _step(p: _Players) -> dict[str, float]: # a row of the history
     row = {"epoch": step // p.orders[0].steps, "task_loss": _step_task(p, batch)}
     norm, losses = _fusion_gradient(p, targets)
     row |= losses
+    beta_first = p.settings.order == "beta_first"
+    if not beta_first: move(p.by_fusion, norm, p.settings.max_norm)
     if (step + 1) % p.settings.steps_per_beta == 0: row |= _update_beta(p, targets, p.batch(1))
-    _step_fusion(p, norm)
+    if beta_first: move(p.by_fusion, norm, p.settings.max_norm)
     return row | dict(zip(TERMS, p.alpha.detach().softmax(0).tolist()))
 
 # %% ../nbs/lib/21_search.ipynb #67ba8a6b
-def _end_epoch(p: _Players) -> bool: # converged: no weight moved further than the tolerance
-    "Decay the learning rates, and compare the weights with those of the epoch before."
+def _decay(p: _Players) -> None:
+    "The learning rates after a step."
+    every = p.settings.steps_per_beta if p.settings.decay_every == "step" else p.orders[0].steps
+    if len(p.rows) % every: return
     for schedule in p.schedules: schedule.step()
+
+def _converged(p: _Players) -> bool:
+    "Whether an epoch is over in which no weight moved further than the tolerance."
     steps = p.orders[0].steps
-    ends = pd.DataFrame(p.rows)[list(TERMS)].iloc[steps - 1::steps]
-    return bool(len(ends) > 1 and ends.diff().iloc[-1].abs().max() < p.settings.tolerance)
+    if len(p.rows) % steps or len(p.rows) == steps: return False
+    before, now = p.rows[-1 - steps], p.rows[-1]
+    return max(abs(now[name] - before[name]) for name in TERMS) < p.settings.tolerance
 
 # %% ../nbs/lib/21_search.ipynb #7c5706bf
 @contextmanager
@@ -182,7 +187,8 @@ class _Search(Training):
             if len(self.losses) < self.warmup: return self.losses.append(_step_task(p, p.batch(2)))
             p.rows.append(_step(p))
         self.losses.append(p.rows[-1]["fusion_loss"])
-        if len(p.rows) % p.orders[0].steps == 0: self.converged = _end_epoch(p)
+        _decay(p)
+        self.converged = _converged(p)
 
     def about(self) -> dict[str, Any]: return self.known
     def parts(self) -> dict[str, Any]: return self.players.parts()
@@ -220,7 +226,7 @@ def search(net: nn.Module,             # fusion network, changed in place, left 
     if not len(train) or not len(val):
         raise CafError("a split is empty", remedy="Search needs training and validation scenes")
     start = torch.zeros(len(TERMS)) if beta is None else logits(beta.detach())
-    about = {"settings": settings.model_dump_json(exclude_defaults=True), "seed": seed,
+    about = {"settings": settings.model_dump_json(), "seed": seed,
              "scenes": f"{len(train)} and {len(val)}", "variant": space.variant, "network": type(net).__name__,
              "task": type(task).__name__, "start": start.tolist()}
     with seeded(seed):

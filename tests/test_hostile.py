@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 import pytest
 import torch
 from torch import nn
-from torchvision.models import vgg16
+from torchvision.models import vgg16, vgg19
 
 from caf_nb.checkpoints import load_plain, read_tensors
 from caf_nb.core import CafError
@@ -211,15 +211,18 @@ def test_vgg_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_vgg_comes_from_the_cache_and_from_nowhere_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, file, build", [("imagenet", "vgg16-397923af.pth", vgg16), ("vgg19", "vgg19-dcbb9e9d.pth", vgg19)])
+def test_vgg_comes_from_the_cache_and_from_nowhere_else(name, file, build, tmp_path, monkeypatch):
     "Taken out: `read_tensors` for `get_state_dict`. Then the first call tried to open a connection, which this test forbids."
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(CafError, match=r"vgg16-397923af\.pth: .*there is no such file.*Put https://download\.pytorch\.org/models/vgg16-397923af\.pth into"):
-        load_vgg("imagenet")
+    with pytest.raises(CafError, match=rf"{file}: .*there is no such file.*Put https://download\.pytorch\.org/models/{file} into"):
+        load_vgg(name)
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    features = vgg16(weights=None).features
-    torch.save({f"features.{name}": t for name, t in features.state_dict().items()}, tmp_path / "hub/checkpoints/vgg16-397923af.pth")
-    assert same(load_vgg("imagenet").layers, features)
+    features = build(weights=None).features
+    torch.save({f"features.{key}": t for key, t in features.state_dict().items()}, tmp_path / "hub/checkpoints" / file)
+    found = [load_vgg(name), load_vgg(tmp_path / "hub/checkpoints" / file)]  # by name, and as a file whose network is recognised
+    assert all(same(vgg.layers, features[:len(vgg.layers)]) for vgg in found)
+    assert {vgg.pretrained for vgg in found} == {"ImageNet" if name == "imagenet" else "ImageNet (VGG-19)"}
 
 
 # States of our own

@@ -16,7 +16,7 @@ from caf_nb.core import CafError
 from caf_nb.config import SearchSettings
 from caf_nb.data import MFNET_CLASSES, collate, luma, recolor
 from caf_nb.fusion import FusionNet
-from caf_nb.losses import TERMS, LossSpace
+from caf_nb.losses import TERMS, LossSpace, edges
 from caf_nb.loop import NotFinite
 from caf_nb.hypergradient import hypergradient
 from caf_nb.search import search
@@ -76,6 +76,46 @@ def test_textbook_gives_the_same_number(variant):
     ours = hypergradient(net, space, start, train, val_loss, 1e-4, r=1e-2)
     theirs = textbook_hypergradient(deepcopy(net), lambda: space, start, train, val_loss, 1e-4)
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+class KeepEdges(torch.nn.Module):
+    "A task that is trained, and whose loss draws no random numbers."
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def loss(self, images, batch): return (self.gain * edges(luma(images)) - edges(luma(batch.vi))).abs().mean()
+
+
+@pytest.mark.parametrize("order", ["printed", "beta_first"])
+def test_algorithm_1_by_hand(order, space):
+    "Two passes of the loop on one batch, written down a second time."
+    scenes, settings = SynthScenes(2, 32, seed=5), SearchSettings(epochs=2, batch_size=1, order=order, lr_fusion=1e-3, decay_every="step", decay=0.5)
+    learn, look = (collate([s]) for s in scenes)
+    torch.manual_seed(0)
+    net, task, alpha, norms = FusionNet().train(), KeepEdges(), torch.zeros(15), []
+    found = search(deepcopy(net), deepcopy(task), space, [scenes[0]], [scenes[1]], settings, progress=False)
+    by_task, by_fusion, by_alpha = (torch.optim.Adam(p, lr) for p, lr in ((task.parameters(), 1e-4), (net.parameters(), 1e-3), ([alpha], 5e-2)))
+
+    def move_fusion():
+        by_fusion.zero_grad()
+        space(net(learn.ir, luma(learn.vi)), learn.ir, luma(learn.vi), alpha.softmax(0)).backward()
+        by_fusion.step()
+
+    for _ in range(2):
+        by_task.zero_grad()
+        with torch.no_grad(): fused = deepcopy(net)(learn.ir, luma(learn.vi))
+        task.loss(recolor(fused, learn.vi), learn).backward()
+        by_task.step()
+        if order == "printed": move_fusion()
+        alpha.grad = hypergradient(net, space, alpha, (learn.ir, luma(learn.vi)), lambda fuse: task.loss(recolor(fuse(look.ir, luma(look.vi)), look.vi), look), 1e-3)
+        if order == "beta_first": move_fusion()
+        by_alpha.step()
+        by_alpha.param_groups[0]["lr"] *= 0.5
+        norms.append(alpha.grad.norm().item())
+    torch.testing.assert_close(found.alpha, alpha, rtol=1e-3, atol=1e-4)
+    assert found.history.norm.tolist() == pytest.approx(norms, rel=1e-3)
 
 
 def test_memory_of_a_beta_step(space):

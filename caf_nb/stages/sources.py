@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torchvision.models import VGG16_Weights
+from torchvision.models import VGG16_Weights, VGG19_Weights
 
 from ..config import DataSettings
 from ..core import CafError
@@ -327,8 +327,8 @@ def deeplab_weights() -> Pretrained:
     return Pretrained("Cityscapes weights of DeepLabV3+", "best_deeplabv3plus_*_cityscapes_os16.pth",
                       "https://github.com/VainF/DeepLabV3Plus-Pytorch")
 
-def vgg_weights() -> Pretrained:
-    "ImageNet weights of VGG-16, where torchvision keeps them and `load_vgg` looks."
-    url = VGG16_Weights.IMAGENET1K_V1.url
+def vgg_weights(depth: int = 16) -> Pretrained:
+    "ImageNet weights of VGG-16 or VGG-19, where torchvision keeps them and `load_vgg` looks."
+    url = (VGG19_Weights if depth == 19 else VGG16_Weights).IMAGENET1K_V1.url
     folder = Path(torch.hub.get_dir())/"checkpoints"
-    return Pretrained("ImageNet weights of VGG-16", url.rpartition("/")[2], url, folder)
+    return Pretrained(f"ImageNet weights of VGG-{depth}", url.rpartition("/")[2], url, folder)
