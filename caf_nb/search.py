@@ -6,8 +6,7 @@
 __all__ = ['SearchResult', 'logits', 'search']
 
 # %% ../nbs/lib/21_search.ipynb #fe3ab8e6
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,7 @@ def logits(beta: Tensor, # (15,) positive weights that sum to 1, in the order of
 
 # %% ../nbs/lib/21_search.ipynb #7d31a3d5
 def _epsilon_share(adam: torch.optim.Adam, param: Tensor) -> float:
-    """The share of epsilon in the denominator of Adam's last step, a mean over components: 0: scale-free, 1: plain
-    gradient descent."""
+    "The mean share of epsilon in the denominator of Adam's last step: 0: scale-free, 1: plain gradient descent."
     group, state = adam.param_groups[0], adam.state[param]
     root = (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt()
     return (group["eps"] / (root + group["eps"])).mean().item()
@@ -145,12 +143,6 @@ def _step(p: _Players) -> dict[str, float]: # a row of the history
     return row | dict(zip(TERMS, p.alpha.detach().softmax(0).tolist()))
 
 # %% ../nbs/lib/21_search.ipynb #67ba8a6b
-def _decay(p: _Players) -> None:
-    "The learning rates after a step."
-    every = p.settings.steps_per_beta if p.settings.decay_every == "step" else p.orders[0].steps
-    if len(p.rows) % every: return
-    for schedule in p.schedules: schedule.step()
-
 def _converged(p: _Players) -> bool:
     "Whether an epoch is over in which no weight moved further than the tolerance."
     steps = p.orders[0].steps
@@ -158,16 +150,11 @@ def _converged(p: _Players) -> bool:
     before, now = p.rows[-1 - steps], p.rows[-1]
     return max(abs(now[name] - before[name]) for name in TERMS) < p.settings.tolerance
 
-# %% ../nbs/lib/21_search.ipynb #7c5706bf
-@contextmanager
-def _naming_batches(p: _Players) -> Iterator[None]:
-    "A loss that is not finite is reported with the scenes of its batches."
-    p.orders[1].last = []  # no validation scene was read yet
-    try: yield
-    except NotFinite as error:
-        names = {"training": p.stems(0) or p.stems(2), "validation": p.stems(1)}
-        found = "; ".join(f"{kind} batch {stems}" for kind, stems in names.items() if stems)
-        raise NotFinite(f"{error.cause}; {found}", remedy=error.remedy) from None
+def _named(error: NotFinite, p: _Players) -> NotFinite:
+    "The error with the scenes of the batches."
+    names = {"training": p.stems(0) or p.stems(2), "validation": p.stems(1)}
+    found = "; ".join(f"{kind} batch {stems}" for kind, stems in names.items() if stems)
+    return NotFinite(f"{error.cause}; {found}", remedy=error.remedy)
 
 # %% ../nbs/lib/21_search.ipynb #c447e48b
 class _Search(Training):
@@ -182,12 +169,15 @@ class _Search(Training):
     def finished(self) -> bool: return self.converged or len(self.losses) == self.total
 
     def step(self) -> None:
-        p = self.players
-        with _naming_batches(p):
+        p, s = self.players, self.players.settings
+        p.orders[1].last = []  # no validation scene was read yet
+        try:
             if len(self.losses) < self.warmup: return self.losses.append(_step_task(p, p.batch(2)))
             p.rows.append(_step(p))
+        except NotFinite as error: raise _named(error, p) from None
         self.losses.append(p.rows[-1]["fusion_loss"])
-        _decay(p)
+        if len(p.rows) % (s.steps_per_beta if s.decay_every == "step" else p.orders[0].steps) == 0:
+            for schedule in p.schedules: schedule.step()
         self.converged = _converged(p)
 
     def about(self) -> dict[str, Any]: return self.known

@@ -151,6 +151,18 @@ def _check_call(space: object, alpha: Tensor, lr: float, kind: str, **options: A
     if not given.get("r", 1) > 0: raise CafError(f"r is {given['r']}", remedy="Pass r > 0")
     if given.get("neumann_terms", 1) < 1: raise CafError("neumann_terms is less than 1", remedy="Pass at least 1")
 
+# %% ../../nbs/lib/19_hypergradient.ipynb #19f32002
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    "No TF32 in products and convolutions, whose ten bits would hide the finite difference."
+    rooms = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    kept = [room.fp32_precision for room in rooms]
+    try:
+        for room in rooms: room.fp32_precision = "ieee"
+        yield
+    finally:
+        for room, old in zip(rooms, kept): room.fp32_precision = old
+
 # %% ../../nbs/lib/19_hypergradient.ipynb #47b19cd0
 _R = 1e-4 # radius of the finite difference; see the plot below
 
@@ -169,7 +181,7 @@ def hypergradient(net: nn.Module,            # F(ir, vi) -> fused; run in the mo
     "Derivative of the validation loss by alpha, Eq. 3. Changes nothing in `net`. Raises `CafError` on bad arguments."
     _check_call(space, alpha, lr, kind, gradient=gradient, r=r, neumann_terms=neumann_terms)
     devices = [alpha.device] if alpha.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.enable_grad(), _full_float32():
         mixed = hasattr(space, "terms")
         loss = _Mixture(space, alpha, *train, targets) if mixed else _Function(space, alpha, *train)
         problem = _Problem(net, loss, alpha, train, val_loss, lr, gradient)

@@ -29,12 +29,9 @@ class _Joint(Training):
                  weight: float,
                  order: Order, optimizer: torch.optim.Optimizer, known: dict[str, Any]):
         super().__init__("joint", next(net.parameters()).device)
-        self.net, self.task, self.space, self.beta, self.scenes, self.weight = net, task, loss, beta.to(
-            self.where), scenes, weight
-        self.order, self.optimizer, self.known, self.total = order, optimizer, known, epochs * order.steps
-
-    @property
-    def finished(self) -> bool: return len(self.losses) == self.total
+        self.net, self.task, self.space, self.beta, self.scenes = net, task, loss, beta.to(self.where), scenes
+        self.order, self.optimizer, self.known, self.weight = order, optimizer, known, weight
+        self.total = epochs * order.steps
 
     def about(self) -> dict[str, Any]:
         return self.known | {kind: fingerprint(m) for kind, m in (("network", self.net), ("task", self.task))
@@ -48,8 +45,8 @@ class _Joint(Training):
         batch = collate([self.scenes[i] for i in next(self.order)]).to(self.where)
         vi = luma(batch.vi)
         fused = self.net(batch.ir, vi)
-        loss = self.space(fused, batch.ir, vi, self.beta) + self.weight * task_loss(self.task, lambda ir, vi: fused,
-                                                                                    batch)
+        task = task_loss(self.task, lambda ir, vi: fused, batch)
+        loss = self.space(fused, batch.ir, vi, self.beta) + self.weight * task
         self.losses.append(descend(loss, self.optimizer, len(self.losses) + 1, "the joint loss"))
 
 # %% ../../nbs/lib/25_joint.ipynb #6a48469d
@@ -74,8 +71,7 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
     adam = torch.optim.Adam([{"params": net.parameters(), "lr": settings.lr},
                              {"params": task.parameters(), "lr": lr_task}])
     known = {"scenes": len(scenes), "seed": seed, "weight": weight, "lr_task": lr_task,
-             "variant": getattr(space, "variant", ""),
-             "beta": beta.tolist(), "settings": settings}
+             "variant": getattr(space, "variant", ""), "beta": beta.tolist(), "settings": settings}
     net.train()
     with seeded(seed):
         order = Order(len(scenes), settings.batch_size, torch.Generator().manual_seed(seed))
