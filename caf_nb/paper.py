@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_table', 'mark_best', 'number_format', 'Note', 'notes', 'footnoted', 'Statement', 'statements', 'evidence',
-           'Support', 'support', 'Difference', 'differences']
+           'Support', 'support', 'Difference', 'differences', 'Prescription', 'prescriptions']
 
 # %% ../nbs/lib/27_paper.ipynb #27a00003
 from collections.abc import Callable, Sequence
@@ -155,3 +155,16 @@ class Difference(NamedTuple):
 def differences() -> tuple[Difference, ...]:
     "Every known difference, in the order of the paper."
     return tuple(Difference(*row) for row in _csv("differences").itertuples(index=False))
+
+# %% ../nbs/lib/27_paper.ipynb #a7c12a8f
+class Prescription(NamedTuple):
+    "How the paper says that something is done, and how it is done here."
+    section: str  # of the paper
+    printed: str
+    here: str     # the default of profile and variant `paper`
+    option: str   # settings that change it, as Class.field; "": none
+    effect: str   # what the choice does, and where it is measured or tested
+
+def prescriptions() -> tuple[Prescription, ...]:
+    "Every prescription of sections 3 and 4.1, in their order."
+    return tuple(Prescription(*row) for row in _csv("prescriptions").itertuples(index=False))

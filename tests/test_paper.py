@@ -1,14 +1,16 @@
 """The printed values against the transcription beside the checkout, and against each other."""
 
 import csv
+import re
 from collections import Counter
 
 import pytest
 
+from caf_nb import config
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES
 from caf_nb.fusion import load_fusion
 from caf_nb.losses import Variant
-from caf_nb.paper import differences, evidence, notes, paper_table, statements, support
+from caf_nb.paper import differences, evidence, notes, paper_table, prescriptions, statements, support
 
 ROWS = {"Infrared": "ir", "Visible": "vi", "Ours": "caf", "Ours _H": "caf_h", "Ours _R": "caf_r", "Ours _A": "caf_a"}
 MFNET = {"Unlabel": "unlabelled", "Cone": "color_cone"}
@@ -93,3 +95,10 @@ def test_the_published_weights_counted_400(shared):
     counted = [int(value) for name, value in state.items() if name.endswith("num_batches_tracked")]
     assert counted and set(counted) == {400}
     assert any("400" in d.released and d.basis == "tested" for d in differences())
+
+
+def test_options_of_prescriptions_are_settings():
+    "Every `Class.field` that an option names is a field of that settings model."
+    models = {"Variant": Variant} | {name: value for name, value in vars(config).items() if isinstance(value, type)}
+    named = [match for p in prescriptions() for match in re.findall(r"\b([A-Z]\w+)\.(\w+)", p.option)]
+    assert len(named) > 25 and [f"{model}.{field}" for model, field in named if field not in models[model].model_fields] == []

@@ -39,12 +39,14 @@ class Comparison(NamedTuple):
     against: str
     margin: float = 0.
 
+# %% ../../nbs/lib/32_study.ipynb #a3a7b316
 class Claim(NamedTuple):
     "A sentence of the paper, and what would show it."
     name: str
     sentence: str
     comparisons: tuple[Comparison, ...]
 
+# %% ../../nbs/lib/32_study.ipynb #c71cd3b5
 def _compared(rows: Iterable[tuple[str, str]], *datasets: str, margin: float = 0.) -> tuple[Comparison, ...]:
     "Each pair of rows on each data set; by default on all of `METRIC`."
     return tuple(Comparison(d, row, against, margin) for d in datasets or METRIC for row, against in rows)
@@ -108,6 +110,7 @@ def _run_seed(setup: Setup,             # its seed is the one that runs
     bar = tqdm(_stages(setup, claims).items(), desc=f"seed {setup.seed}", disable=not progress)
     return {(*key, setup.seed): cell(stage, cell_file(folder, key[0], key[1], setup.seed)) for key, stage in bar}
 
+# %% ../../nbs/lib/32_study.ipynb #6eba6c64
 def finished(setup: Setup,           # of any seed
              seeds: Sequence[int],
              folder: str | Path,     # of the cells
@@ -124,6 +127,7 @@ def _on_one_core(setup: Setup, folder: Path, claims: Sequence[Claim]) -> dict[tu
     torch.set_num_threads(1)
     return _run_seed(setup, folder, claims)
 
+# %% ../../nbs/lib/32_study.ipynb #2ea2fc27
 def run_study(setup: Setup,               # of any seed
               seeds: Sequence[int],
               folder: str | Path,         # of the cells
@@ -155,6 +159,7 @@ class Effect(NamedTuple):
     high: float
     dz: float        # mean over standard deviation
 
+# %% ../../nbs/lib/32_study.ipynb #7f93a2e8
 def effect(differences: Sequence[float]) -> Effect:
     "The mean of paired differences and its interval (Student's t)."
     d = np.asarray(differences, float)
@@ -163,6 +168,7 @@ def effect(differences: Sequence[float]) -> Effect:
     half = stats.t.ppf(0.975, len(d) - 1) * scatter / math.sqrt(len(d))
     return Effect(len(d), d.mean(), d.mean() - half, d.mean() + half, d.mean() / scatter if scatter else math.nan)
 
+# %% ../../nbs/lib/32_study.ipynb #7db2547c
 def verdict(found: Effect, margin: float = 0.) -> Literal["supported", "contradicted", "undecided"]:
     "Whether the interval lies on one side of -`margin`."
     if found.n < 3 or not math.isfinite(found.low) or found.low <= -margin <= found.high: return "undecided"
@@ -173,6 +179,7 @@ def _row_scores(found: Found, dataset: str, row: str) -> dict[int, float]:
     "The score of a row by seed."
     return {seed: value.scores[METRIC[dataset]] for (d, r, seed), value in found.items() if (d, r) == (dataset, row)}
 
+# %% ../../nbs/lib/32_study.ipynb #20b001aa
 def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
 ) -> pd.DataFrame: # columns claim, dataset, row, against, metric, margin, n, effect, low, high, dz, verdict
     "Every comparison of every claim."
@@ -185,6 +192,7 @@ def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
                      "high": e.high, "dz": e.dz, "verdict": verdict(e, c.margin)})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/lib/32_study.ipynb #49bcf3de
 def judge_claims(compared: pd.DataFrame,         # of `compare_rows`
                  claims: Sequence[Claim] = CLAIMS,
 ) -> pd.DataFrame:                               # index claim; columns sentence, comparisons, verdict
@@ -204,10 +212,12 @@ def weights(found: Found) -> pd.DataFrame:
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(TERMS))
     return frame.set_axis(pd.MultiIndex.from_tuples(rows, names=["task", "seed"]))
 
+# %% ../../nbs/lib/32_study.ipynb #391a6611
 def _moved_percent(a: Any, b: Any) -> float: # both (15,)
     "Share of the weight that moves from one to the other, in percent."
     return 100 * moved_share(a, b)
 
+# %% ../../nbs/lib/32_study.ipynb #b2c66c99
 def task_distance(betas: pd.DataFrame,  # of `weights`
 ) -> Effect:                            # in percent of the weight
     "How much further two tasks are apart than two seeds."
@@ -288,6 +298,7 @@ def modalities_text(found: Found) -> str:
              for d, metric in METRIC.items()]
     return f"{'; '.join(parts)} (percent, a mean over the seeds)."
 
+# %% ../../nbs/lib/32_study.ipynb #1dd17a0b
 def verdicts_text(compared: pd.DataFrame, claims: pd.DataFrame, seeds: int) -> str: # Markdown
     "The verdicts as sentences."
     def comparison(c):

@@ -47,6 +47,7 @@ def plain_name(folder: Path) -> str:
     "The lower-case letters and digits of a folder's name."
     return "".join(c for c in folder.name.lower() if c.isalnum())
 
+# %% ../../nbs/lib/28_sources.ipynb #198f724d
 def find_root(data_root: str | Path, # folder that holds all archives
               name: str,             # a key of `DATA_SETS`
 ) -> Path:
@@ -85,6 +86,7 @@ def _cached_split(published: Published, # all of it
     if not path.is_file(): write_split(path, make_split(published))
     return path
 
+# %% ../../nbs/lib/28_sources.ipynb #0a5bb1af
 def read_part(name: str,             # a key of `DATA_SETS`
               data_root: str | Path, # see `find_root`
               part: str = "all",     # "all", "train", "val" or "test"
@@ -156,6 +158,7 @@ def _labelled(name: str, root: str, split_file: str) -> Published:
         raise CafError(f"has no {kind} for {bare[0].stem}", published.root, remedy)
     return published
 
+# %% ../../nbs/lib/28_sources.ipynb #73a884e5
 def _scenes(data: "Data", which: SplitName, size: int | None) -> SynthScenes | _PublishedScenes:
     "One split, as squares of `size` or in its own sizes. Every synthetic split draws from a seed of its own."
     number = getattr(data.settings, which)
@@ -176,6 +179,7 @@ def _find_files(name: str, settings: DataSettings | dict, root: str, split_file:
     if root or split_file: raise CafError("synthetic scenes have no folder", root, 'Ask for source="published"')
     return {}
 
+# %% ../../nbs/lib/28_sources.ipynb #a5d528f6
 class _DataFields(_Archive):
     kind: Literal["scenes"] = "scenes"
     name: str            # a key of `CLASSES`
@@ -218,6 +222,7 @@ class Data(_DataFields):
         if isinstance(scenes, SynthScenes): return [scenes.stem(i) for i in range(len(scenes))]
         return [item.stem for item in scenes.items]
 
+# %% ../../nbs/lib/28_sources.ipynb #f7dbed12
 @lru_cache
 def _data(name: str, settings: DataSettings, seed: int, root: str) -> Data:
     return Data(name=name, settings=settings, seed=seed, root=root)
@@ -317,16 +322,19 @@ def detector_weights(model: str) -> Pretrained:
     "COCO weights of a detector, as ultralytics trained it (u) with the anchor-free head that this library uses."
     return Pretrained(f"COCO weights of {model}", f"{model}u.pt", "https://github.com/ultralytics/assets/releases")
 
+# %% ../../nbs/lib/28_sources.ipynb #80958554
 def segmenter_weights(model: str) -> Pretrained:
     "ImageNet weights of a SegFormer encoder: a folder with config.json."
     page = f"https://huggingface.co/nvidia/mit-{model}"
     return Pretrained(f"ImageNet weights of SegFormer {model}", f"mit-{model}", page)
 
+# %% ../../nbs/lib/28_sources.ipynb #3372eb36
 def deeplab_weights() -> Pretrained:
     "Cityscapes weights of DeepLabV3+ in the common implementation, with any backbone."
     return Pretrained("Cityscapes weights of DeepLabV3+", "best_deeplabv3plus_*_cityscapes_os16.pth",
                       "https://github.com/VainF/DeepLabV3Plus-Pytorch")
 
+# %% ../../nbs/lib/28_sources.ipynb #aa21538a
 def vgg_weights(depth: int = 16) -> Pretrained:
     "ImageNet weights of VGG-16 or VGG-19, where torchvision keeps them and `load_vgg` looks."
     url = (VGG19_Weights if depth == 19 else VGG16_Weights).IMAGENET1K_V1.url
