@@ -23,7 +23,9 @@ from . import __version__
 # %% ../nbs/lib/38_cli.ipynb #47d38d25
 def _say(program: str, sentence: object) -> None:
     from tqdm import tqdm
-    tqdm.write(f"{program}: {sentence}", file=sys.stderr) # moves a progress bar out of the way
+    from caf_nb.core import CafError, printable
+    line = str(sentence) if isinstance(sentence, CafError) else printable(sentence) # names may hold anything
+    tqdm.write(f"{program}: {line}", file=sys.stderr) # moves a progress bar out of the way
 
 @contextmanager
 def _errors_as_text(program: str, # its name, before every sentence
@@ -157,14 +159,18 @@ def _check_writable(path: Path) -> None:
 
 def _measure(ir: Path, vi: Path, fused: list[Path], out: Path, metrics: str, convention: str, device: str) -> int:
     "Measure, write and print; gives the number of images that could not be measured."
-    from caf_nb.core import replacing
+    from caf_nb.core import CafError, replacing
     from caf_nb.metrics import METRICS, evaluate_fusion, find_convention
     known = {name.lower(): name for name in METRICS}
     names = [known.get(m.strip().lower(), m.strip()) for m in metrics.split(",")]
     chosen = find_convention(convention)
     _check_writable(out)
     frame = evaluate_fusion(ir, vi, fused, names, chosen, device)
-    with replacing(out) as part: frame.to_csv(part, index=False)
+    try:
+        with replacing(out) as part: frame.to_csv(part, index=False)
+    except CafError: # the disk may be full; what took hours is printed
+        typer.echo(frame.to_csv(index=False))
+        raise
     n, lost = frame.image.nunique(), frame[frame.value.isna()].image.nunique()
     means = frame.pivot_table(index="method", columns="metric", values="value", sort=False)
     if len(means): typer.echo(means.rename_axis(index=None, columns=None).to_string(float_format="{:.4f}".format))

@@ -15,7 +15,7 @@ from .core import CafError
 
 # %% ../nbs/lib/01_config.ipynb #9f6d6961
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     _before: ClassVar[dict[str, Any]] = {}  # what every result had before a field came and had another default
 
     def _exca_uid_dict_override(self) -> dict[str, Any]: # earlier results keep their identity
@@ -69,7 +69,7 @@ class FusionSettings(_Settings):
     "Training omega_f with beta fixed."
     epochs: int
     batch_size: int
-    lr: float = 1e-4                     # Adam
+    lr: float = Field(1e-4, gt=0)        # Adam
     crop: int | None = Field(None, ge=1) # side of the random square cut from each scene, in pixels; None: whole scenes
     accumulate: int = Field(1, ge=1)     # micro-batches per batch, if a whole batch does not fit into memory
     patience: int = Field(0, ge=0)       # epochs without a lower mean loss before it stops; 0: never
@@ -89,7 +89,7 @@ class SegmenterSettings(_Settings):
     model: str                       # "tiny", "b0" or "b1"
     steps: int                       # paper: 4,000; SegFormer: 160,000
     batch_size: int
-    lr: float = 6e-5                 # AdamW
+    lr: float = Field(6e-5, gt=0)    # AdamW
     recipe: Literal["segformer", "plain"] = "plain" # of images: scale, crop, flip, colours of each; or a flip per batch
     warmup: int = Field(0, ge=0)     # steps of a rising learning rate; SegFormer: 1,500
     crop: int | None = Field(None, ge=1) # recipe segformer: side of its squares, in pixels; None: as the images are

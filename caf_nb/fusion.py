@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import load_tensors, read_tensors, renamed
+from .checkpoints import load_tensors, read_tensors, renamed, verified
 from .core import CafError, device as find_device
 from .data import (Pair, PairFolder, luma, read_image, read_pair, recolor, recolor_uint8, to_uint8,
                          write_png)
@@ -136,7 +136,7 @@ MEAN = Method(partial(Source, "mean"), "mean of both", read=None)
 
 def bundled(name: str) -> Path: # such as "caf.safetensors"
     "Where a checkpoint that comes with the package would be."
-    return Path(str(resources.files("caf_nb").joinpath("weights", name)))
+    return verified(Path(str(resources.files("caf_nb")))/"weights"/name)
 
 # %% ../nbs/lib/18_fusion.ipynb #b8d032a5
 def _read_for(entry: Method, net: nn.Module, file: Path) -> dict[str, Tensor]:

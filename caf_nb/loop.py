@@ -10,6 +10,7 @@ __all__ = ['write_state', 'read_state', 'fingerprint', 'describe', 'ModuleState'
 
 # %% ../nbs/lib/03_loop.ipynb #33f89150
 import hashlib
+import io
 import shutil
 import time
 import zipfile
@@ -28,41 +29,44 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from .checkpoints import load_plain
-from .core import CafError, optional, replacing, seeded
+from .core import CafError, optional, part_of, remove_dead_parts, replacing, seeded
 
 # %% ../nbs/lib/03_loop.ipynb #81c318b6
 def write_state(file: Path,             # replaced as a whole
                 about: dict[str, str],  # the account of the training
                 **parts: Any,           # tensors, numbers, and lists, tuples and dictionaries of them
 ) -> None:
-    "Write the state of a training."
+    "Write the state of a training. Raises `CafError` if there is no room, and leaves the old one."
     file.parent.mkdir(parents=True, exist_ok=True)
-    for stale in file.parent.glob(f".{file.name}.*.part"): stale.unlink()  # of runs that were killed while they wrote
-    with replacing(file) as part: torch.save({"about": about} | parts, part)
+    remove_dead_parts(file)
+    torch.save({"about": about} | parts, content := io.BytesIO())  # PyTorch's own writer would not name a full disk
+    with replacing(file) as part: part.write_bytes(content.getbuffer())
 
 # %% ../nbs/lib/03_loop.ipynb #c733a49c
 def _read_whole(file: Path) -> dict[str, Any]:
     "Compare the checksums of all members, then read the state on the CPU, without executing anything from it."
     with zipfile.ZipFile(file) as archive:
-        if bad := archive.testzip(): raise zipfile.BadZipFile(f"{bad} is damaged")
+        bad = archive.testzip() or next((m.filename for m in archive.infolist() if m.external_attr), None)
+        if bad: raise zipfile.BadZipFile(f"{bad} is damaged")
     state = load_plain(file)
     if type(state["about"]) is not dict: raise ValueError("no account of the training")
     return state
+
+_STATE_REMEDY = "Choose another folder, or delete the file to start anew"
 
 def read_state(file: Path | None,      # None: nothing is kept
                about: dict[str, str],  # of the training that asks
 ) -> dict[str, Any] | None:            # None: there is no state yet
     "Read a state. Raises `CafError` if it is damaged or belongs to another training."
     if file is None or not file.exists(): return None
-    remedy = "Choose another folder, or delete the file to start anew"
     try: state = _read_whole(file)
     except Exception as error:  # whatever a reader raises on bytes that are no state
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CafError(f"is no state of a training ({line})", file, remedy) from None
+        raise CafError(f"is no state of a training ({line})", file, _STATE_REMEDY) from None
     theirs = state["about"]
     other = [f"{name} {theirs.get(name)} instead of {about.get(name)}"
              for name in about | theirs if theirs.get(name) != about.get(name)]
-    if other: raise CafError(f"belongs to another training: {'; '.join(other)}", file, remedy)
+    if other: raise CafError(f"belongs to another training: {'; '.join(other)}", file, _STATE_REMEDY)
     return state
 
 # %% ../nbs/lib/03_loop.ipynb #7ea4b41c
@@ -97,8 +101,8 @@ def _loose_state(module: nn.Module) -> dict[str, Any]:
     "The state of a module beyond its `state_dict`."
     def state(value: Any) -> Any:
         if isinstance(value, torch.Generator): return value.get_state()
-        return value.state_dict() if isinstance(value, _STATEFUL) else value.detach() if isinstance(value,
-                                                                                                    Tensor) else value
+        if isinstance(value, _STATEFUL): return value.state_dict()
+        return value.detach() if isinstance(value, Tensor) else value
     return {key: state(value) for key, _, _, value in _loose(module)}
 
 def _load_loose_state(module: nn.Module, state: dict[str, Any]) -> None:
@@ -140,8 +144,8 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
     "Give an empty folder to write to, and put each of its files whole into `folder` at the end."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder/".part"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside = part_of(folder/"files")
+    remove_dead_parts(folder/"files")
     aside.mkdir()
     try:
         yield aside
@@ -415,12 +419,15 @@ def _resume(training: Training, file: Path | None, about: dict[str, str]) -> flo
     if state is None:
         training.begin()
         return 0.
-    training.losses = state["losses"].tolist()
-    try: training.load_state_dict(state)
+    try:
+        training.losses = state["losses"].tolist()
+        training.load_state_dict(state)
+        if training.engine: training.engine.set_random(state["random"])
+        else: set_generators(state["random"][0], training.where)
+        return float(state["seconds"])
     except CafError as error: raise CafError(error.cause, file, error.remedy) from None
-    if training.engine: training.engine.set_random(state["random"])
-    else: set_generators(state["random"][0], training.where)
-    return state["seconds"]
+    except Exception as error:  # an account that fits, and parts that do not
+        raise CafError(f"does not fit this training ({error!r})", file, _STATE_REMEDY) from error
 
 # %% ../nbs/lib/03_loop.ipynb #9bedd521
 class History(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 
 from .config import DataSettings, Profile
-from .core import CafError
+from .core import CafError, printable
 from .data import M3FD_CLASSES, MFNET_CLASSES, NOTES, where
 from .fusion import find_weights, load_fusion
 from caf_nb.stages.sources import (
@@ -38,9 +38,11 @@ class Need(NamedTuple):
 def require(needs: Iterable[Need]) -> None:
     "Raises `CafError` with all that is missing, one line each."
     missing = [n for n in needs if n.state == "missing"]
-    title = f"{len(missing)} things are missing" if len(missing) > 1 else "one thing is missing"
-    lines = [f"- {n.what}: {n.detail.rstrip('.')}. {n.remedy.rstrip('.')}." for n in missing]
-    if missing: raise CafError("\n".join([title, *lines]))
+    if not missing: return
+    error = CafError(f"{len(missing)} things are missing" if len(missing) > 1 else "one thing is missing")
+    lines = [printable(f"- {n.what}: {n.detail.rstrip('.')}. {n.remedy.rstrip('.')}.", 800) for n in missing]
+    error.args = ("\n".join([error.cause, *lines]),)
+    raise error
 
 # %% ../nbs/lib/30_needs.ipynb #bbcfd855
 def _data_need(name: str, data_root: str | Path, settings: DataSettings) -> Need:

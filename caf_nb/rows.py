@@ -280,7 +280,7 @@ def table3(setup: Setup, rows: Sequence[str] = ("caf_h", "caf_r", "caf_a", "caf"
 # %% ../nbs/lib/31_rows.ipynb #fb63495a
 class Cell(BaseModel):
     "The numbers of one finished stage."
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     stage: str                          # its uid, which changes with its configuration
     values: dict[str, float | None]     # by metric; None: not defined, such as the AP of a class without a box
     provenance: dict[str, str]
@@ -300,7 +300,7 @@ def read_cell(stage: Any, file: Path) -> Cell | None:
     if not file.is_file(): return None
     try: cell = Cell.model_validate_json(file.read_text())
     except ValueError as error:
-        raise CafError(f"is no cell ({str(error).splitlines()[0]})", file, "Delete it; it is computed again") from None
+        raise CafError(f"is no cell ({error})", file, "Delete it; it is computed again") from None
     return cell if cell.stage == stage.infra.uid() else None
 
 # %% ../nbs/lib/31_rows.ipynb #37297a00
@@ -310,7 +310,7 @@ def cell(stage: Any,        # a stage with `scores` and `provenance`
     "The numbers of a stage, from `file` or by running it."
     file = Path(file)
     if found := read_cell(stage, file): return found
-    values = {name: None if math.isnan(value) else value for name, value in stage.scores().items()}
+    values = {name: value if math.isfinite(value) else None for name, value in stage.scores().items()}
     configuration = stage.infra.config(uid=True, exclude_defaults=False)
     made = Cell(stage=stage.infra.uid(), values=values, provenance=stage.provenance(), configuration=configuration,
                 environment=environment())

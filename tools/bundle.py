@@ -5,6 +5,10 @@ untrained detector leans to one source, and what people want from a default is a
 Run from the root of the project: .venv/bin/python tools/bundle.py
 """
 
+import json
+from pathlib import Path
+
+from caf_nb.checkpoints import checksums
 from caf_nb.config import FusionSettings, Profile
 from caf_nb.fusion import save_fusion
 from caf_nb.losses import TERMS
@@ -15,4 +19,6 @@ mini = Profile.named("mini")
 stage = TrainFusion(data=Data(name="m3fd", settings=mini.data), loss=Weighted(beta=(1 / len(TERMS),) * len(TERMS)),
                     settings=FusionSettings(epochs=5, batch_size=4, lr=1e-3), infra={"folder": "out/cache"})
 config = {"note": mini.note, "provenance": stage.provenance(), "stage": stage.infra.config(uid=True, exclude_defaults=False)}
-save_fusion("caf_nb/weights/caf.safetensors", stage.fusion(), config)
+file = Path("caf_nb/weights/caf.safetensors")
+save_fusion(file, stage.fusion(), config)
+file.with_suffix(".json").write_text(json.dumps({"sha256": checksums(file, file.parent)} | config, indent=1) + "\n")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from caf_nb.checkpoints import checksums
 from caf_nb.config import DetectorSettings, SegmenterSettings
 from caf_nb.core import environment
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES
@@ -27,10 +28,10 @@ SEEDS = {"detection": {"train": 9000, "test": 9002}, "segmentation": {"train": 9
 CLASSES = (*M3FD_CLASSES, *(name for name in MULTISPECTRAL_CLASSES if name not in ("Person", "Car")))
 
 
-def note(file: Path, **about: object) -> None:
-    "Write the provenance of a checkpoint."
-    about |= {"scenes": f"synthetic, {SCENES['train']} of {SIZE} pixels", "seeds": SEEDS, "environment": environment()}
-    file.write_text(json.dumps(about, indent=1) + "\n")
+def note(weights: Path, **about: object) -> None:
+    "Write checksums and provenance of a checkpoint."
+    about = {"sha256": checksums(weights, WEIGHTS)} | about | {"scenes": f"synthetic, {SCENES['train']} of {SIZE} pixels", "seeds": SEEDS, "environment": environment()}
+    weights.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def detection_scenes(split: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -56,7 +57,7 @@ def detector() -> None:
     halved = {f"model.{name}": (t.half() if t.is_floating_point() else t).contiguous() for name, t in state.items()}
     names = {f"model.names.{i}": name for i, name in enumerate((*CLASSES, "Person"))}
     save_file(halved, WEIGHTS / "yolov5n.safetensors", {"format": "pt", **names})
-    note(WEIGHTS / "yolov5n.json", settings=settings.model_dump(), scores={"mAP@.5": found.map50, "mAP@.5:.95": found.map, **found.ap})
+    note(WEIGHTS / "yolov5n.safetensors", settings=settings.model_dump(), scores={"mAP@.5": found.map50, "mAP@.5:.95": found.map, **found.ap})
 
 
 def segmenter() -> None:
@@ -68,7 +69,7 @@ def segmenter() -> None:
     found = finetune_segmenter(net, pairs["train"], pairs["test"], settings, OUT / "segmenter", folder=OUT / "state")
     net.net.half()
     net.save(WEIGHTS / "segformer-tiny")
-    note(WEIGHTS / "segformer-tiny.json", settings=settings.model_dump(), scores={"mIoU": found.miou, **found.iou})
+    note(WEIGHTS / "segformer-tiny", settings=settings.model_dump(), scores={"mIoU": found.miou, **found.iou})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from ..checkpoints import read_tensors
+from ..checkpoints import finite, read_tensors
 from ..core import CafError
 
 # %% ../../nbs/lib/10_vgg.ipynb #d7e1e7da
@@ -69,7 +69,7 @@ _PUBLISHED = {"imagenet": ("VGG-16", VGG16_Weights.IMAGENET1K_V1.url),
 def _imagenet_state(name: str, file: Path | None) -> dict[str, Tensor]:
     "State of torchvision's VGG: from `file`, or from torchvision's cache. Raises `CafError` if it is not there."
     (title, url), cache = _PUBLISHED[name], Path(torch.hub.get_dir())/"checkpoints"
-    try: return read_tensors(file or cache/url.rpartition("/")[2])
+    try: return dict(finite(read_tensors(file or cache/url.rpartition("/")[2]), file))
     except CafError as error:
         raise CafError(f"the ImageNet weights of {title} cannot be loaded ({error.cause})", error.file,
                        f"Put {url} into {cache}, or pass its path as vgg=") from None

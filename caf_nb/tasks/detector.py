@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoints import NUMPY_NAMES, read_checkpoint
+from ..checkpoints import NUMPY_NAMES, finite, read_checkpoint
 from ..core import CafError, optional
 from ..data import Batch
 from .task import check_images, check_rows
@@ -143,7 +143,7 @@ def _trained_network(file: str | Path, # a .pt file of ultralytics, or its tenso
         fitting = {name: tensors[name] for name, t in net.state_dict().items() if name in tensors
                    and tensors[name].shape == t.shape}
         if len(fitting) == len(net.state_dict()):
-            net.load_state_dict(fitting)
+            net.load_state_dict(finite(fitting, file))
             return net
     raise CafError(f"holds another network than {model} of ultralytics", file,
                    f"Ask for the model that the file was trained for, as {model}u.pt; AnchorDetector takes files of the original repository")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints import read_tensors
+from ..checkpoints import finite, read_tensors
 from ..core import CafError, optional
 from ..data import Batch
 from .task import check_masks
@@ -88,7 +88,7 @@ def _segmentation_network(model: str,                # one of `SEGMENTERS`
         config = library.SegformerConfig(num_labels=len(classes), id2label=dict(enumerate(classes)),
                                          **SEGMENTERS[model])
         if folder is None: return library.SegformerForSemanticSegmentation(config), f"random (seed {seed})"
-        tensors = _folder_tensors(folder)
+        tensors = finite(_folder_tensors(folder), folder)
         try:
             net, info = library.SegformerForSemanticSegmentation.from_pretrained(
                 None, config=config, state_dict=tensors, local_files_only=True, dtype=torch.float32,
