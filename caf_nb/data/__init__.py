@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'EXTENSIONS', 'LazySequence', 'M3FD_CLASSES', 'MFNET_CLASSES', 'MULTISPECTRAL_CLASSES', 'Pair', 'PairFolder',
            'Scene', 'batches', 'collate', 'luma', 'read_image', 'read_pair', 'recolor', 'recolor_uint8', 'rgb_to_ycbcr',
-           'to_uint8', 'write_png', 'ycbcr_to_rgb', 'Box', 'DISJOINT', 'Item', 'M3FD', 'MFNet', 'MSRS', 'Multispectral',
+           'to_uint8', 'write_png', 'ycbcr_to_rgb', 'DISJOINT', 'Item', 'M3FD', 'MFNet', 'MSRS', 'Multispectral',
            'NOTES', 'Published', 'READERS', 'RoadScene', 'SPLIT_VERSION', 'Split', 'TNO', 'load_dataset', 'read_split',
            'where', 'write_split', 'Blocks', 'Checked', 'blocks', 'check', 'deal', 'find_scenes', 'make_split',
            'prepare', 'read_blocks']
@@ -17,7 +17,7 @@ from caf_nb.data.pictures import (
     ycbcr_to_rgb,
 )
 from caf_nb.data.sets import (
-    Box, DISJOINT, Item, M3FD, MFNet, MSRS, Multispectral, NOTES, Published, READERS, RoadScene, SPLIT_VERSION, Split,
+    DISJOINT, Item, M3FD, MFNet, MSRS, Multispectral, NOTES, Published, READERS, RoadScene, SPLIT_VERSION, Split,
     TNO, load_dataset, read_split, where, write_split,
 )
 from caf_nb.data.archives import (
@@ -28,7 +28,7 @@ from caf_nb.data.archives import (
 _all_ = [
     "Batch", "EXTENSIONS", "LazySequence", "M3FD_CLASSES", "MFNET_CLASSES", "MULTISPECTRAL_CLASSES", "Pair",
     "PairFolder", "Scene", "batches", "collate", "luma", "read_image", "read_pair", "recolor", "recolor_uint8",
-    "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "Box", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
+    "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "Split", "TNO", "load_dataset",
     "read_split", "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_split",
     "prepare", "read_blocks",
