@@ -273,7 +273,7 @@ def _caf_report(
 
 # %% ../nbs/lib/38_cli.ipynb #92137b6b
 data_app = _app(no_args_is_help=True)
-_sets = "m3fd, mfnet, multispectral, tno, roadscene or msrs."
+_sets = "m3fd, mfnet, multispectral, tno, roadscene, msrs or folder."
 _root_help = "Where the archive was unpacked. Nothing is written there."
 _names_help = "Classes of YOLO labels in the order of their numbers, where the archive does not say."
 _Root = Annotated[Path, typer.Argument(metavar="ROOT", help=_root_help, show_default=False)]

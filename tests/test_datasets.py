@@ -22,7 +22,7 @@ import caf_nb.data
 from caf_nb.data import Blocks, Checked, blocks, check, deal, find_scenes, make_split, prepare, read_blocks
 from caf_nb.cli import data_app
 from caf_nb.core import CafError
-from caf_nb.data import M3FD_CLASSES, MULTISPECTRAL_CLASSES, PairFolder, collate, read_pair
+from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, PairFolder, collate, read_pair
 from caf_nb.data import DISJOINT, M3FD, MSRS, NOTES, READERS, MFNet, Multispectral, RoadScene, Split, load_dataset, read_split, write_split
 from caf_nb.synth import SynthScenes
 from published import N, SIZE, TREES, gray, rgb, save, voc, write
@@ -160,6 +160,36 @@ def test_msrs_parts(trees):
     assert [len(MSRS(trees / "msrs", p)) for p in ("train", "test", "detection")] == [4, 2, 2]
     for scene in MSRS(trees / "msrs", "train"): assert torch.equal(scene.mask, drawn[scene.stem].mask)
     assert MSRS(trees / "msrs", "detection", names=("car", "person"))[0].boxes[:, 0].tolist() == [1, 0]
+
+
+def test_boxes_of_a_folder_of_ones_own(tree, tmp_path):
+    root = tree("m3fd_yolo")
+    own, m3fd = load_dataset("folder", root), M3FD(root)
+    assert own.classes == m3fd.names == ("people", "car", "bus", "motorcycle", "lamp", "truck")
+    for scene, same in zip(own, m3fd, strict=True):
+        assert [own.classes[int(k)] for k in scene.boxes[:, 0]] == [M3FD_CLASSES[int(k)].lower() for k in same.boxes[:, 0]]
+    report = quiet("folder", root)
+    assert report.ok and report.classes == {k.lower(): n for k, n in quiet("m3fd", root).classes.items()}
+    made = prepare("folder", root, tmp_path / "out", ratio=(2, 1, 1), n=5, size=32, progress=False)
+    assert sum(made.parts.values()) == N and set(made.parts) == set(DISJOINT) and '"motorcycle"' in made.yolo["ir"].read_text()
+    (root / "classes.txt").unlink()
+    assert [f.kind for f in quiet("folder", root).findings] == ["unnamed classes"]
+    write(root / "data.yaml", "names: {0: dog}\n")
+    assert {f.kind for f in quiet("folder", root).findings} == {"unknown class"}
+
+
+def test_masks_of_a_folder_of_ones_own(tree):
+    root = tree("msrs") / "train"
+    with pytest.raises(CafError, match="nothing says what the numbers mean"): load_dataset("folder", root)[0]
+    assert [f.kind for f in quiet("folder", root).findings] == ["unnamed classes"]
+    write(root / "data.yaml", f"names: [{', '.join(MFNET_CLASSES)}]\n")
+    own, known = load_dataset("folder", root), MSRS(root.parent, "train")
+    assert own.mask_classes == MFNET_CLASSES and all(torch.equal(a.mask, b.mask) for a, b in zip(own, known, strict=True))
+    write(root / "data.yaml", "names: [road]\n")
+    assert {f.kind for f in quiet("folder", root).findings} == {"unknown class"}
+    for part in ("val", "test"): shutil.copytree(root, root.parent / part, dirs_exist_ok=True)
+    assert [len(load_dataset("folder", root.parent, part)) for part in ("train", "val")] == [4, 4]
+    assert {f.kind for f in load_dataset("folder", root.parent).findings} == {"split overlap"}
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -545,6 +575,17 @@ def test_real_pairs_through_the_readers(shared, name, n):
         assert scene.ir.std() > 0.01 and 0 <= scene.vi.min() and scene.vi.max() <= 1
     report = quiet(name, shared / "data" / name)
     assert report.ok and report.pairs == n and sum(report.sizes.values()) == n
+
+
+@pytest.mark.shared
+def test_real_boxes_of_msrs(shared):
+    "The counts are those of the README beside the folder."
+    root, names = shared / "data/msrs_boxes", ("person", "bicycle", "car")
+    report = quiet("folder", root, names=names)
+    assert report.ok and report.pairs == 262 and report.classes == {"person": 677, "bicycle": 86, "car": 331}
+    assert [(f.kind, f.detail) for f in report.findings] == [("no boxes", "24 of 262 pairs")]
+    own, msrs = load_dataset("folder", root, names=names), load_dataset("msrs", root, names=names)
+    assert [own.classes[int(k)] for k in own[11].boxes[:, 0]] == [{"bike": "bicycle"}.get(c := msrs.classes[int(k)], c) for k in msrs[11].boxes[:, 0]]
 
 
 @pytest.mark.shared

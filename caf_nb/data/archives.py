@@ -46,7 +46,7 @@ def _thumbnail(item: Item) -> np.ndarray:
         halves.append(small / np.maximum(np.linalg.norm(small), 1e-6))
     return np.concatenate(halves) / math.sqrt(2)
 
-# %% ../../nbs/lib/06_archives.ipynb #b86bb7f4
+# %% ../../nbs/lib/06_archives.ipynb #9b72b8dd
 def _join(thumbs: np.ndarray, threshold: float = 0.7, window: int = 5) -> np.ndarray:
     "The scene of each: connected components of the neighbours in a window whose similarity exceeds the threshold."
     n, links = len(thumbs), [np.zeros((0, 2), int)]
@@ -86,7 +86,7 @@ def deal(scenes: Sequence[Sequence[str]],         # the stems of each scene
         raise CafError(cause, remedy="Ask for another ratio or seed, or add scenes")
     return sorted(members, key=lambda m: natural_order(m.stem))
 
-# %% ../../nbs/lib/06_archives.ipynb #728e4048
+# %% ../../nbs/lib/06_archives.ipynb #2f005225
 def _asked_ratio(published: Published, ratio: Ratio) -> Ratio:
     "What a ratio comes to for a set: where the authors publish a test part, nothing more is cut off for it."
     train, val, test = map(float, ratio)
@@ -98,7 +98,8 @@ def make_split(published: Published,            # all of it
                progress: bool = True,
 ) -> Split:
     "The scene-aware split of a set. Raises `CafError` if there are too few scenes."
-    fixed = set(DISJOINT) if "val" in published.own_parts else {"test"}
+    own = {part for item in published.items for part in item.parts} & set(published.own_parts)
+    fixed = set(DISJOINT) if "val" in own else {"test"}
     members = [Member(part, -1, item.stem) for item in published.items for part in item.parts if part in fixed]
     free = [item for item in published.items if not fixed & set(item.parts)]
     if not members and not free:
@@ -135,7 +136,7 @@ def blocks(sets: Sequence[Published], # the parts to draw from
             drawn.append(Block(published.name, item.stem, throw(h - size + 1), throw(w - size + 1), size))
     return drawn
 
-# %% ../../nbs/lib/06_archives.ipynb #451d73cf
+# %% ../../nbs/lib/06_archives.ipynb #b4e6f5f1
 def read_blocks(path: str | Path) -> list[Block]:
     "Read a list of blocks. Raises `CafError` if it is none."
     try:
@@ -204,7 +205,7 @@ def _box_facts(published: Published, item: Item, label: Path, size: tuple[int, i
         elif min(corners) < -1e-6 or max(corners) > 1 + 1e-6:
             yield Finding("outside", label, f"{box} in {size[0]}x{size[1]}")
 
-# %% ../../nbs/lib/06_archives.ipynb #28cc35a2
+# %% ../../nbs/lib/06_archives.ipynb #e289108f
 def _mask_facts(published: Published, item: Item, path: Path, size: tuple[int, int] | None) -> Iterator[Finding]:
     "The classes that a mask shows, and what is wrong with it."
     try: mask, classes = read_mask(path, 256), published.mask_classes
@@ -278,7 +279,7 @@ class Checked(NamedTuple):
         counts = {**self._asdict(), "root": str(self.root), "ok": self.ok, "findings": self.records()}
         return json.dumps(counts, indent=1)
 
-# %% ../../nbs/lib/06_archives.ipynb #84fcb621
+# %% ../../nbs/lib/06_archives.ipynb #e2e74013
 _COUNTED = ("no boxes", "unnamed classes", "black border") # told once, with the number of pairs
 
 def check(dataset: str,                          # a key of `READERS`
@@ -329,7 +330,7 @@ def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, 
     write_file(folder/"data.yaml", f"{parts}names: {json.dumps(published.classes)}\n")
     return folder/"data.yaml"
 
-# %% ../../nbs/lib/06_archives.ipynb #83fb6090
+# %% ../../nbs/lib/06_archives.ipynb #2992a568
 class Prepared(NamedTuple):
     "What `prepare` left on disk."
     split: Path | None             # None: the set has no parts

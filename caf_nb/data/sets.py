@@ -606,14 +606,25 @@ class MSRS(Published):
 
     @classmethod
     def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
-        place, looked_for = _find(root, ("train",), ("test",)), "train beside test, each with ir and vi"
+        place, looked_for = _find(root, ("train",), ("test",)), "ir beside vi, or train beside test"
         if not place: return _scenes(*cls._place(root, looked_for, _IR, _VI), found)
         folders = {part: folder for part in cls.own_parts if (folder := _folder(place[0].parent, part))}
         places = {part: cls._place(folder, "ir beside vi", _IR, _VI) for part, folder in folders.items()}
         return [item._replace(parts=(part,)) for part, place in places.items() for item in _scenes(*place, found)]
 
+# %% ../../nbs/lib/05_sets.ipynb #a627c511
+class _OwnFolder(MSRS):
+    "Labelled pairs of your own; the classes are those that the folder names."
+    name, title, page, licence, pairs = "folder", "A labelled folder", "your own disk", "your own", 0
+    classes, mask_classes, synonyms, own_parts, extra = (), (), {}, DISJOINT, None
+    tree = """ROOT/                       or train/ val/ test/, each with ir, vi and labels
+  ir/NAME.png ...           aligned pairs of equal names
+  vi/NAME.png ...
+  labels/NAME.txt ...       YOLO rows: class, cx, cy, w, h; or masks/NAME.png ... of class numbers
+  data.yaml                 names: [person, car]"""
+
 # %% ../../nbs/lib/05_sets.ipynb #9bc4c466
-_ALL: tuple[type[Published], ...] = (M3FD, MFNet, Multispectral, TNO, RoadScene, MSRS)
+_ALL: tuple[type[Published], ...] = (M3FD, MFNet, Multispectral, TNO, RoadScene, MSRS, _OwnFolder)
 READERS = {reader.name: reader for reader in _ALL}
 
 def where(dataset: str,     # a key of `READERS`
