@@ -6,6 +6,7 @@
 __all__ = ['SearchResult', 'logits', 'search']
 
 # %% ../nbs/lib/21_search.ipynb #fe3ab8e6
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from .config import SearchSettings
-from .core import CafError, seeded
+from .core import CafError, replacing, seeded
 from .data import Batch, Scene, collate, luma
 from .hypergradient import Fuse, _buffers_kept, _run, hypergradient, task_loss
 from .loop import ModuleState, NotFinite, Order, Training, backward, check_finite, descend, move, play
@@ -37,6 +38,27 @@ class SearchResult:
     def beta(self) -> Tensor: # (15,) on the simplex, in the order of TERMS
         "The searched weights."
         return self.alpha.softmax(0)
+
+    def save(self, path: str | Path) -> None: # such as loss.json
+        "Write weights and history as JSON. Raises `CafError` if that is not possible."
+        rows = [{name: x for name, x in row.items() if x == x} for row in self.history.to_dict("records")]
+        content = {"weights": dict(zip(TERMS, self.beta.tolist(), strict=True)), "alpha": self.alpha.tolist(),
+                   "converged": self.converged, "columns": list(self.history), "history": rows}
+        try:
+            with replacing(path) as part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CafError(f"cannot be written ({error.strerror})", path, "Choose another folder") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SearchResult":
+        "What `save` wrote. Raises `CafError` if a file is no such result."
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            alpha, history = torch.tensor(found["alpha"]), pd.DataFrame(found["history"], columns=found["columns"])
+            if alpha.shape == (len(TERMS),): return cls(alpha, history, bool(found["converged"]))
+        except OSError as error: raise CafError(f"cannot be read ({error.strerror})", path, "Check the path") from None
+        except (ValueError, KeyError, TypeError): pass # whatever else it is
+        raise CafError("is no result of a search", path, "Name a file that SearchResult.save wrote")
 
 # %% ../nbs/lib/21_search.ipynb #fa8cb35d
 def logits(beta: Tensor, # (15,) positive weights that sum to 1, in the order of TERMS
