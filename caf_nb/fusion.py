@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAF', 'INFRARED', 'VISIBLE', 'MEAN', 'FusionNet', 'to_official', 'from_official', 'save_fusion', 'Source', 'bundled',
-           'load_fusion', 'find_weights', 'fuse', 'FolderResult', 'fuse_folder', 'load_methods', 'contact_sheet']
+           'load_fusion', 'find_weights', 'fuse', 'FolderResult', 'fuse_folder', 'contact_sheet']
 
 # %% ../nbs/lib/18_fusion.ipynb #c48e533b
 import json
@@ -435,20 +435,6 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
         settle(0)
     finally: pool.shutdown(cancel_futures=True)
     return FolderResult(done, failures, unmatched, targets, skipped, time.perf_counter() - start)
-
-# %% ../nbs/lib/18_fusion.ipynb #68f1a112
-# names, or one string with commas; "": all that have weights, without the sources
-def load_methods(methods: str | Sequence[str] = "",
-                 weights_root: str | Path = "",     # as for `find_weights`; "": what comes with the package
-                 device: str | torch.device = "auto", # as for `load_fusion`
-) -> dict[str, nn.Module]:                          # method -> network
-    "Fusion methods by name. Raises `CafError` on an unknown name, and if weights of a named method are absent."
-    named = [m.strip() for m in methods.split(",") if m.strip()] if isinstance(methods, str) else list(methods)
-    if str(weights_root) and not Path(weights_root).is_dir():
-        raise CafError("there is no such folder", weights_root, "Give the folder of the weights")
-    chosen = named or [m for m in METHODS if find_method(m).read is not None and find_weights(weights_root, m)]
-    return {m: load_fusion(m, None if find_method(m).read is None else find_weights(weights_root, m), device)
-            for m in chosen}
 
 # %% ../nbs/lib/18_fusion.ipynb #c7f8bbb3
 def contact_sheet(file: Path,                               # FILE.png

@@ -53,7 +53,7 @@ def test_figure6_smoke(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
     assert list(origin.index) == ["ir", "vi", "reconet", "caf"]
-    assert origin["caf"] == "caf with the weights of the package" and origin["reconet"] == "reconet from random (seed 0), 16 steps on synthetic m3fd"
+    assert origin["caf"].startswith("caf from caf.safetensors of the package, ") and origin["reconet"] == "reconet from random (seed 0), 16 steps on synthetic m3fd"
     for name in ("DIDFuse", "SDNet", "UMFusion", "DeFusion", "U2Fusion", "TarDAL"):
         assert f"{name} is left out: there are no weights of it" in shown(tmp_path)
     assert len(list((tmp_path / "results").glob("figure6_synthetic_*.png"))) == 2

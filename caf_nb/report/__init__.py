@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['paper_table', 'compare', 'show_table', 'plot_table', 'conclusion', 'output_folder', 'cache_folder', 'listed',
            'save_results', 'Sample', 'sample_pairs', 'pair_folders', 'Gallery', 'choose_models', 'Window',
-           'telling_windows', 'Boxes', 'labelled', 'show_insets', 'available_rows', 'show_fused', 'detect', 'painted',
-           'class_legend', 'rich_scenes', 'build_report', 'at_a_glance', 'lead_numbers']
+           'telling_windows', 'Boxes', 'labelled', 'image_traits', 'show_insets', 'available_rows', 'show_fused',
+           'detect', 'painted', 'class_legend', 'rich_scenes', 'build_report', 'at_a_glance', 'lead_numbers']
 
 # %% ../../nbs/lib/37_report.ipynb #78ed3320
 from ..paper import paper_table
@@ -16,7 +16,7 @@ from caf_nb.report.tables import (
 )
 from .gallery import Sample, sample_pairs, pair_folders, Gallery, choose_models
 from caf_nb.report.figures import (
-    Window, telling_windows, Boxes, labelled, show_insets, available_rows,
+    Window, telling_windows, Boxes, labelled, image_traits, show_insets, available_rows,
     show_fused, detect, painted, class_legend, rich_scenes,
 )
 from .page import build_report
@@ -25,6 +25,6 @@ from .page import build_report
 _all_ = [
     "paper_table", "compare", "show_table", "plot_table", "conclusion", "output_folder", "cache_folder", "listed",
     "save_results", "Sample", "sample_pairs", "pair_folders", "Gallery", "choose_models", "Window",
-    "telling_windows", "Boxes", "labelled", "show_insets", "available_rows", "show_fused", "detect",
+    "telling_windows", "Boxes", "labelled", "image_traits", "show_insets", "available_rows", "show_fused", "detect",
     "painted", "class_legend", "rich_scenes", "build_report", "at_a_glance", "lead_numbers",
 ]

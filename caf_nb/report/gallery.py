@@ -19,9 +19,9 @@ from tqdm import tqdm
 from ..core import CafError
 from ..data import PairFolder, Scene, read_pair, write_png
 from ..fusion import find_weights
-from ..rows import Model, Setup, own_weights
+from ..rows import Model, ROWS, Setup, Task, check, own_weights, row_style
 from ..stages.sources import DATA_SETS, plain_name, read_part
-from ..stages import Results, few_names, has_pictures
+from ..stages import few_names, has_pictures
 from ..synth import SynthScenes
 from ..zoo import find_method
 
@@ -113,20 +113,29 @@ class Gallery(NamedTuple):
         def fused(s): return {m: paint(s.dataset, "", s.scene) for m, paint in tqdm(painters.items(), desc=s.name)}
         return {s.name: fused(s) for s in samples}
 
-def choose_models(methods: Sequence[str], # names in `caf_nb.zoo.METHODS`, or folders in `setup.fused_root`
-                  setup: Setup,           # its `trained` are trained here if they have no weights
+def _left_out(method: str, setup: Setup) -> str:
+    "Why a compared method cannot be shown; \"\" if it can."
+    entry = find_method(method)
+    if entry.read is None or find_weights(setup.weights_root, method) or method in setup.trained: return ""
+    where = f"weights_root/{method}/{entry.weights}, published at {entry.page}"
+    return f"{entry.title} is left out: there are no weights of it ({where})."
+
+def choose_models(methods: Sequence[str],    # rows of the tables, or folders in `setup.fused_root`
+                  setup: Setup,              # that of the tables
+                  task: Task = "detection",  # whose tables
 ) -> Gallery:
-    "How each method comes into a figure. Raises `CafError` on an unknown name."
+    "How each method comes into a figure: as in the tables. Raises `CafError` on an unknown name."
     models: dict[str, Model] = {}
-    left_out = {}
+    left_out: dict[str, str] = {}
     for method in methods:
-        if has_pictures(setup.fused_root, method):
-            models[method] = Results(root=str(Path(setup.fused_root).resolve()), method=method)
-            continue
-        entry, file = find_method(method), find_weights(setup.weights_root, method)
-        if entry.read is None or file or method in setup.trained:
-            models[method] = own_weights(setup, "detection", method)
-        else:
-            where = f"weights_root/{method}/{entry.weights}, published at {entry.page}"
-            left_out[method] = f"{entry.title} is left out: there are no weights of it ({where})."
-    return Gallery(models, left_out)
+        own = method in ROWS and ROWS[method].fuse is own_weights
+        if own and not has_pictures(setup.fused_root, method): left_out[method] = _left_out(method, setup)
+        try:
+            if method in ROWS and not own: check(setup, [method])
+            if not left_out.get(method): models[method] = setup.model(task, method)
+        except CafError as error:
+            if method not in ROWS: raise
+            if method == "caf": models[method] = own_weights(setup, task, method)
+            instead = f"shown with {models[method].label()}" if method == "caf" else "left out"
+            left_out[method] = f"{row_style(method).title} of the tables is {instead}: {error.cause}"
+    return Gallery(models, {method: why for method, why in left_out.items() if why})
