@@ -58,7 +58,7 @@ class _Slice(NamedTuple):
 def _allowed() -> dict[str, Any]:
     """What a pickle may refer to. Made anew for each file: whatever a pickle attaches to these functions is gone with
     it."""
-    copied = Counter()
+    copied: Counter[str] = Counter()
     def copying(kind):
         def copy(values=()):
             copied["entries"] += len(values)
@@ -84,7 +84,7 @@ def _check_opcodes(file: BinaryIO) -> None:
     needs."""
     start = file.tell()
     for opcode, argument, position in pickletools.genops(file):
-        if opcode.name.startswith("EXT") or (opcode.name.endswith("PUT") and argument > position):
+        if opcode.name.startswith("EXT") or opcode.name.endswith("PUT") and (argument or 0) > (position or 0):
             raise ValueError(f"instruction {opcode.name} {argument}")
     file.seek(start)
 
@@ -95,7 +95,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, path: Path, classes: Sequence[str]):
         _check_opcodes(file)
         super().__init__(file, encoding="latin1")  # names from Python 2
-        self._path, self._classes, self._table, self.storages = path, classes, _allowed(), {}
+        self._path, self._classes, self._table = path, classes, _allowed()
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -103,8 +104,8 @@ class _TensorUnpickler(pickle.Unpickler):
         if full in self._classes or full.startswith(("torch.nn.",
                                                      *(name for name in self._classes if name.endswith(".")))):
             return _Record
-        raise CafError(f"the checkpoint asks for {full}; only tensors come out, everything else in the pickle is refused", self._path,
-                       "Do not use this file unless you trust its origin and convert it to safetensors yourself")
+        raise CafError(f"the checkpoint asks for {full}; only tensors come out, everything else in the pickle is "
+                       "refused", self._path, "Do not use this file unless you trust its origin and convert it to safetensors yourself")
 
     def persistent_load(self, pid: Any) -> Any:
         kind, *fields = pid
@@ -226,7 +227,8 @@ def read_checkpoint(path: str | Path,
     except CafError: raise
     # a pickle may end in any exception (manual of `pickle`), and none of them is worth a traceback
     except Exception as error:
-        raise CafError(f"cannot be read as a checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')})", path,
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
+        raise CafError(f"cannot be read as a checkpoint ({reason})", path,
                        "It may be damaged; download or save it again") from None
     if not tensors: raise CafError("holds no tensors", path, "Check the path of the weights")
     return Checkpoint(tensors, texts)

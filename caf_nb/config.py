@@ -83,6 +83,7 @@ class DetectorSettings(_Settings):
     nominal_batch: int             # images per optimiser step; YOLOv5's recipe: 64
     pretrained: bool               # start from COCO weights
     patience: int = Field(0, ge=0) # epochs without a better validation score before it stops; 0: never
+    recipe: Literal["yolov5", "auto"] = "yolov5" # that of YOLOv5, as in the paper; auto: what ultralytics chooses
 
 class SegmenterSettings(_Settings):
     "Fine-tuning the segmenter on fused images."
@@ -142,7 +143,8 @@ _SMOKE = Profile(
     data=DataSettings(source="embedded", size=96, train=16, val=8, test=12),
     search=SearchSettings(epochs=1, batch_size=4, lr_fusion=1e-3),
     fusion=FusionSettings(epochs=4, batch_size=4, lr=1e-3, crop=64),
-    detector=DetectorSettings(model="yolov5n", epochs=4, batch_size=4, nominal_batch=4, pretrained=False),
+    detector=DetectorSettings(model="yolov5n", epochs=4, batch_size=4, nominal_batch=4, pretrained=False,
+                              recipe="auto"),
     segmenter=SegmenterSettings(model="tiny", steps=20, batch_size=4, lr=3e-4, recipe="plain", pretrained=False),
     vgg="slim", seeds=(0,), home="out", bundled=True, methods=("ir", "vi", "caf"),
     ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("reconet",))
@@ -155,7 +157,8 @@ _MINI = Profile(
     data=DataSettings(source="embedded", size=96, train=192, val=64, test=192),
     search=SearchSettings(epochs=1, batch_size=4, lr_alpha=0.1, lr_fusion=1e-3, order="beta_first", decay_of="all"),
     fusion=FusionSettings(epochs=3, batch_size=4, lr=1e-3, crop=64),
-    detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False),
+    detector=DetectorSettings(model="yolov5n", epochs=8, batch_size=16, nominal_batch=16, pretrained=False,
+                              recipe="auto"),
     segmenter=SegmenterSettings(model="b0", steps=80, batch_size=8, lr=3e-4, recipe="plain", pretrained=False),
     vgg="slim",
     pretraining=PretrainSettings(

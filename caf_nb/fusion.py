@@ -40,7 +40,7 @@ from .zoo import METHODS, Method, build_network, find_method
 # %% ../nbs/lib/18_fusion.ipynb #89e90775
 def _block(inputs: int, outputs: int, norm: bool = True) -> nn.Sequential:
     "3x3 convolution, batch normalisation if `norm`, ReLU; height and width stay."
-    layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
+    layers: dict[str, nn.Module] = {"conv": nn.Conv2d(inputs, outputs, 3, padding=1)}
     if norm: layers["norm"] = nn.BatchNorm2d(outputs)
     return nn.Sequential(OrderedDict(layers, act=nn.ReLU(inplace=True)))
 
@@ -180,7 +180,7 @@ def load_fusion(method: str,
             if other in (None, method): raise
             raise CafError(f"this is a {find_method(other).title} checkpoint, and the method is {entry.title}", file,
                            f"Load it as method {other!r}, or name the file of {entry.title}") from error
-    return net.eval().to(target, memory_format=torch.channels_last)
+    return net.eval().to(target).to(memory_format=torch.channels_last)
 
 # %% ../nbs/lib/18_fusion.ipynb #60de19e6
 def find_weights(root: str | Path, # folder with the weights of many methods; "" for none
@@ -415,7 +415,8 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
     _warn_if_swapped(pairs[0])
     skipped = [target for target in targets.values() if target.exists() and not overwrite]
     pairs = [pair for pair in pairs if targets[pair] not in skipped]
-    done, failures, writing = [], [], deque()
+    done, failures = [], []
+    writing: deque[tuple[Pair, Future]] = deque()
 
     def settle(most: int) -> None: # wait until at most so many writes are under way
         while len(writing) > most:

@@ -118,13 +118,6 @@ def test_a_package_is_named_but_never_imported(tmp_path, monkeypatch):
     assert not (tmp_path / "owned").exists() and "models" not in sys.modules
 
 
-@pytest.mark.shared
-def test_a_file_of_the_original_repository_is_told_from_ours(shared):
-    "Taken out: as above. Then ultralytics tried to reach the network, and the message was its name of an error."
-    with pytest.raises(CafError, match="another network than yolov5n of ultralytics.*AnchorDetector takes files of the original repository"):
-        Detector(CLASSES, weights=shared / "weights/tasks/yolov5n.pt")
-
-
 def test_names_that_do_not_fit_the_head(tmp_path):
     "Taken out: `_trained_network`, as above. Then a head of two classes without a name was taken over."
     net = network()

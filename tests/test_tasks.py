@@ -18,6 +18,8 @@ from caf_nb.config import DetectorSettings, Profile, SegmenterSettings
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, read_image, to_uint8
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter, Task, contained_ultralytics
+from caf_nb.tasks.anchors import _by_name
+from caf_nb.tasks.detector import read_network
 from caf_nb.train import evaluate_detector, evaluate_segmenter, finetune_detector, finetune_segmenter, write_yolo_folder
 
 SIZE = 64
@@ -379,6 +381,30 @@ def test_a_segmenter_starts_from_an_imagenet_encoder(tmp_path, pickled, half):
         Segmenter(MFNET_CLASSES, "b1", weights=tmp_path / "mit-b0")
 
 
+@pytest.mark.shared
+def test_a_file_of_the_original_brings_backbone_and_neck(shared):
+    "Published as COCO weights, but its two classes are kinds of waste: the provenance must not say COCO."
+    file = shared / "weights/tasks/yolov5n.pt"
+    start, random = Detector(M3FD_CLASSES, weights=file), Detector(M3FD_CLASSES).net.state_dict()
+    assert start.provenance == "yolov5n.pt (2 classes; backbone and neck of the original, 342 of 427 tensors; head random, seed 0)"
+    theirs, names = read_network(file)
+    assert names == ["Biodegradable", "Non-biodegradable"]
+    body = {name for name in random if not name.startswith("model.24.")}
+    state = start.net.state_dict()
+    assert len(body) == 342 and all(torch.equal(state[name], theirs[name].to(state[name])) for name in body)
+    assert all(torch.equal(state[name], random[name]) for name in random.keys() - body)
+    assert start.loss(noise(1, 3, SIZE, SIZE), [BOXES]).isfinite()
+    with pytest.raises(CafError, match="another network than yolov5s"):
+        Detector(M3FD_CLASSES, "yolov5s", weights=file)
+
+
+def test_the_head_by_name():
+    "Three anchors of box (4), objectness and classes; here (a, b), there (b, c, a)."
+    ours, theirs = torch.zeros(3 * 7, 2), torch.arange(1.0, 25)[:, None].expand(24, 2)
+    found = _by_name(ours, theirs, [(0, 2), (1, 0)]).unflatten(0, (3, 7))[..., 0]
+    assert found.tolist() == [[8 * a + row for row in (1, 2, 3, 4, 5, 8, 6)] for a in range(3)]
+
+
 # The original YOLOv5, where it is installed
 
 
@@ -444,16 +470,19 @@ def test_a_step_on_the_original_loss_lowers_it(original):
 
 
 def test_weights_of_the_original(original, tmp_path):
-    theirs = original(tuple(f"class {i}" for i in range(80)), seed=5)
+    theirs = original((*(f"class {i}" for i in range(79)), "car"), seed=5)
     torch.save({"epoch": -1, "best_fitness": np.array([0.5]), "model": theirs.net.half(), "ema": None, "optimizer": None, "date": "2022-01-01"},
                tmp_path / "yolov5n.pt")  # fmt: skip
     theirs.net.float()
     torch.manual_seed(1)
     start = original(M3FD_CLASSES, weights=tmp_path / "yolov5n.pt")
-    assert start.provenance == "yolov5n.pt (COCO, by its name; head random, seed 0)"
+    assert start.provenance == "yolov5n.pt (COCO, by its name; no People, Bus, Lamp, Motorcycle, Truck in it, seed 0)"
     head = {name for name in start.net.state_dict() if name.startswith("model.24.m.")}
-    own = start.net.state_dict()
+    own, random = start.net.state_dict(), original(M3FD_CLASSES).net.state_dict()
     assert len(head) == 6 and all(torch.equal(own[name], t) for name, t in theirs.net.state_dict().items() if name not in head)
+    for name in head:
+        new, old, drawn = (state[name].unflatten(0, (3, -1)) for state in (own, theirs.net.state_dict(), random))
+        assert torch.equal(new[:, :5], old[:, :5]) and torch.equal(new[:, 6], old[:, -1]) and torch.equal(new[:, 7:], drawn[:, 7:])
     torch.manual_seed(2)
     assert same(original(M3FD_CLASSES, weights=tmp_path / "yolov5n.pt"), start)
 

@@ -121,6 +121,35 @@ def test_half_precision_reaches_the_network_and_leaves_weights_and_loss_whole(sc
     assert half.losses != whole.losses and half.losses == pytest.approx(whole.losses, rel=0.05)
 
 
+def test_the_recipe_of_yolov5_is_what_steps(yolo_folder, tmp_path):
+    "Recorded at the optimiser itself, whatever ultralytics was told. The folder has one batch, so a step is an epoch; warm-up ends with the fourth step."
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def steps(recipe):
+        seen = []
+        keys = ("param_group", "lr", "momentum", "weight_decay", "nesterov")
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(
+            (type(optimizer).__name__, {g["param_group"]: [g.get(key) for key in keys[1:]] + [len(g["params"])] for g in optimizer.param_groups})))  # fmt: skip
+        settings = DetectorSettings(model="yolov5n", epochs=6, batch_size=7, nominal_batch=7, pretrained=False, **recipe)
+        try: finetune_detector(Detector(M3FD_CLASSES), yolo_folder, settings, 32, tmp_path / str(recipe), device="cpu", progress=False)
+        finally: hook.remove()
+        return seen
+
+    found = steps({})
+    assert [kind for kind, _ in found] == ["SGD"] * 6
+    rates = [0.01 * ((1 - epoch / 6) * 0.99 + 0.01) for epoch in range(6)]
+    for i, (_, groups) in enumerate(found):
+        warm = min(i / 3, 1)
+        for name, start in (("weight", 0), ("bn", 0), ("bias", 0.1)):
+            assert groups[name][:2] == pytest.approx([start + warm * (rates[i] - start), 0.8 + warm * 0.137])
+            assert groups[name][2:4] == [5e-4 if name == "weight" else 0, True]
+    net = Detector(M3FD_CLASSES).net
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.requires_grad]
+    assert found[0][1]["bn"][4] == norms and found[0][1]["bias"][4] == norms + sum(m.bias is not None for m in convolutions)
+    assert {kind for kind, _ in steps({"recipe": "auto"})} == {"AdamW"}
+
+
 @pytest.mark.parametrize("wrong", [b"", b"not a state", "truncated"])
 def test_a_damaged_state_is_refused_by_name(wrong, scenes, space, yolo_folder, tmp_path):
     def detect():

@@ -49,7 +49,7 @@ def detector() -> None:
     for split in SCENES:
         stems, images, boxes = zip(*detection_scenes(split))
         write_yolo_folder(OUT / "boxes", split, images, boxes, stems, CLASSES)
-    settings = DetectorSettings(model="yolov5n", epochs=24, batch_size=16, nominal_batch=16, pretrained=False)
+    settings = DetectorSettings(model="yolov5n", epochs=24, batch_size=16, nominal_batch=16, pretrained=False, recipe="auto")
     net = Detector(CLASSES, settings.model)
     found = finetune_detector(net, OUT / "boxes", settings, SIZE, OUT / "detector", folder=OUT / "state")
     head = [name for name in net.net.state_dict() if ".cv3." in name and len(net.net.state_dict()[name]) == len(CLASSES)]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import matplotlib
@@ -25,10 +25,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ..checkpoints import NUMPY_NAMES, read_tensors
 from ..core import CafError
 from ..data import Batch
-from .detector import DETECTORS, contained_ultralytics, yolo_batch
+from .detector import DETECTORS, contained_ultralytics, is_coco, read_network, yolo_batch
 from .task import check_images, check_rows
 
 # %% ../../nbs/lib/14_anchors.ipynb #1e825cb5
@@ -45,8 +44,8 @@ def _import_yolov5() -> None:
           pd.option_context("display.max_columns", pd.get_option("display.max_columns"))):
         try: importlib.import_module("yolov5")
         except ModuleNotFoundError as error:
-            cause = "yolov5 is not installed" if error.name == "yolov5" else f"yolov5 cannot be imported without {error.name}"
-            raise CafError(cause, remedy=_INSTALL) from None
+            raise CafError("yolov5 is not installed" if error.name == "yolov5" else
+                           f"yolov5 cannot be imported without {error.name}", remedy=_INSTALL) from None
         finally: torch.set_printoptions(profile="default")
 
 # %% ../../nbs/lib/14_anchors.ipynb #6e6d97fb
@@ -62,53 +61,41 @@ def _contained_yolov5() -> Iterator[tuple[ModuleType, ModuleType]]: # its module
         yield importlib.import_module("yolov5.models.yolo"), importlib.import_module("yolov5.utils.loss")
 
 # %% ../../nbs/lib/14_anchors.ipynb #a859e319
-class _Gains(NamedTuple):
-    "The factors of the three losses."
-    box: float
-    obj: float
-    cls: float
-
-def _scaled_gains(box: float, obj: float, cls: float, # as in the file of hyperparameters
-                 size: int,                          # longer side of the images in pixels
-                 classes: int,
-                 layers: int = 3,                    # maps of the head
-) -> _Gains:
-    "The gains for a size and a number of classes. Source: train.py of the original repository, version 7.0."
-    return _Gains(box * 3 / layers, obj * (size / 640)**2 * 3 / layers, cls * classes / 80 * 3 / layers)
+def _scaled_gains(known: dict[str, float], size: int, classes: int) -> dict[str, float]:
+    "Hyperparameters for a size (longer side in pixels) and a number of classes. Source: train.py of the original, 7.0."
+    return known | {"obj": known["obj"] * (size / 640)**2, "cls": known["cls"] * classes / 80}
 
 # %% ../../nbs/lib/14_anchors.ipynb #aa0ed779
-_LAYERS = ("Conv", "C3", "Bottleneck", "SPPF", "Concat", "DWConv", "SPP", "Focus", "BottleneckCSP", "Contract",
-           "Expand")
-_PICKLED = [f"{prefix}models.{name}" for prefix in ("", "yolov5.")
-            for name in (*(f"common.{layer}" for layer in _LAYERS), "yolo.Detect", "yolo.Model", "yolo.DetectionModel")]
-
-def _read_network(file: str | Path) -> dict[str, Tensor]: # names of a DetectionModel
-    "The tensors of the network in a .pt file of the original repository."
-    tensors = read_tensors(file, classes=(*_PICKLED, *NUMPY_NAMES))
-    networks = {part: {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
-                for part in ("ema", "model")}
-    return networks["ema"] or networks["model"]
+def _by_name(ours: Tensor, theirs: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor: # (3 (5 + n), ...)
+    "`ours` with box, objectness and `rows` (class here, class there) of each anchor from `theirs`."
+    mine, other = ours.clone().unflatten(0, (3, -1)), theirs.to(ours).unflatten(0, (3, -1))
+    for here, there in [*((i, i) for i in range(5)), *((5 + here, 5 + there) for here, there in rows)]:
+        mine[:, here] = other[:, there]
+    return mine.flatten(0, 1)
 
 # %% ../../nbs/lib/14_anchors.ipynb #2ae52d5b
-def _load_network(net: nn.Module,   # a DetectionModel; changed in place
-                  file: str | Path,
-                  model: str,       # its name, for the message
-) -> bool:                          # whether the head came along
-    "Load trained weights. Raises `CafError` if the file is unreadable or holds another network."
-    theirs, ours = _read_network(file), net.state_dict()
+def _load_network(net: Any, file: str | Path, model: str, classes: Sequence[str], seed: int) -> list[str]:
+    "Load trained weights into `net`, and return notes for the provenance. Raises `CafError` if the file is unreadable or holds another network."
+    (theirs, names), ours = read_network(file), net.state_dict()
+    known = {name.strip().lower(): i for i, name in enumerate(names)}
+    rows = [(i, known[name.lower()]) for i, name in enumerate(classes) if name.lower() in known]
     head = f"model.{len(net.model) - 1}.m."
-    fitting = {name: t for name, t in theirs.items() if name in ours and t.shape == ours[name].shape}
-    if any(name not in fitting for name in ours if not name.startswith(head)):
+    widths = {name: 3 * (5 + len(names)) for name in ours if name.startswith(head)}
+    if any(name not in theirs or theirs[name].shape != (widths.get(name, 0) or len(t), *t.shape[1:])
+           for name, t in ours.items() if t.ndim) or not names:
         raise CafError(f"holds another network than {model}", file,
                        f"Give the weights of {model}, release 6.0 or later of the original repository")
-    whole = fitting.keys() == ours.keys()
-    net.load_state_dict(ours | {name: t for name, t in fitting.items() if whole or not name.startswith(head)})
-    return whole
+    net.load_state_dict({name: _by_name(t, theirs[name], rows) if name in widths else theirs.get(name, t)
+                         for name, t in ours.items()})
+    new = [name for name in classes if name.lower() not in known]
+    return ["COCO, by its name"] * is_coco(file, names, model) + [f"no {', '.join(new)} in it, seed {seed}"] * bool(new)
 
 # %% ../../nbs/lib/14_anchors.ipynb #956d7ddc
 class AnchorDetector(nn.Module):
-    """The original YOLOv5 as a `Task`; needs the `yolov5` distribution. Without `weights` it starts from random ones drawn with `seed`.
-    `weights` is a local .pt file of the original repository, read without executing code from it. Nothing is downloaded."""
+    """The original YOLOv5 as a `Task`; needs the `yolov5` distribution. Without `weights` it starts from random ones
+    drawn with `seed`. `weights` is a local .pt file of the original repository, read without executing code from it.
+    Nothing is downloaded."""
+    net: Any  # its DetectionModel
 
     def __init__(self, classes: Sequence[str],              # names, in the order of the class indices
                  model: str = "yolov5n",                    # one of `DETECTORS`
@@ -120,15 +107,14 @@ class AnchorDetector(nn.Module):
             raise CafError(f"there is no detector {model!r}", remedy=f"Choose one of {', '.join(DETECTORS)}")
         self.classes, self.model = tuple(classes), model
         with _contained_yolov5() as (yolo, _):
-            package = Path(sys.modules["yolov5"].__file__).parent
+            package = Path(str(sys.modules["yolov5"].__file__)).parent
             torch.manual_seed(seed)
             self.net = yolo.DetectionModel(str(package/f"models/{model}.yaml"), nc=len(self.classes))
+        self.net.names = dict(enumerate(self.classes))
         self.hyperparameters = yaml.safe_load((package/"data/hyps/hyp.scratch-low.yaml").read_text())
         self.provenance = f"random (seed {seed})"
         if weights is None: return
-        whole = _load_network(self.net, weights, model)
-        notes = ["COCO, by its name"] * (
-            Path(weights).name == f"{model}.pt") + [f"head random, seed {seed}"] * (not whole)
+        notes = _load_network(self.net, weights, model, self.classes, seed)
         self.provenance = Path(weights).name + (f" ({'; '.join(notes)})" if notes else "")
 
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32
@@ -140,9 +126,7 @@ class AnchorDetector(nn.Module):
         batch = yolo_batch(images, targets)
         rows = torch.cat([batch["batch_idx"][:, None], batch["cls"], batch["bboxes"]], 1)
         maps = self.net(batch["img"]) if self.training else self.net(batch["img"])[1]
-        known = self.hyperparameters
-        gains = _scaled_gains(known["box"], known["obj"], known["cls"], max(batch["img"].shape[-2:]), len(self.classes))
-        self.net.hyp = known | gains._asdict()
+        self.net.hyp = _scaled_gains(self.hyperparameters, max(batch["img"].shape[-2:]), len(self.classes))
         total, _ = sys.modules["yolov5.utils.loss"].ComputeLoss(self.net)(maps, rows)
         return total.sum() / len(images)
 

@@ -9,7 +9,7 @@ __all__ = ['CITYSCAPES_CLASSES', 'DEEPLABS', 'DeepLab', 'show_segmented', 'share
 # %% ../../nbs/lib/16_deeplab.ipynb #3ce3a10b
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -26,13 +26,10 @@ from .task import check_images, check_masks
 # %% ../../nbs/lib/16_deeplab.ipynb #fc83ab24
 _CITYSCAPES: dict[str, tuple[int, int, int]] = { # class -> its colour, in the order of the class indices
     "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
-    "fence": (190, 153, 153),
-    "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
-    "vegetation": (107, 142, 35),
-    "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60), "rider": (255, 0, 0),
-    "car": (0, 0, 142),
-    "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100), "motorcycle": (0, 0, 230),
-    "bicycle": (119, 11, 32)}
+    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32)}
 CITYSCAPES_CLASSES = tuple(_CITYSCAPES)
 
 # %% ../../nbs/lib/16_deeplab.ipynb #f37dd93c
@@ -45,7 +42,7 @@ class _PaddedFirst(nn.Sequential):
 class _MobileNet(nn.Module):
     "MobileNetV2 at output stride 16, cut and padded as in the public checkpoints."
 
-    def __init__(self, encoder: nn.Module): # of segmentation_models_pytorch
+    def __init__(self, encoder: Any): # of segmentation_models_pytorch
         super().__init__()
         encoder.features[0][0].padding = (0, 0)
         for i, block in enumerate(encoder.features[1:18], 1):
@@ -85,6 +82,8 @@ def _resized(x: Tensor, like: Tensor) -> Tensor:
 class _Network(nn.Module):
     "DeepLabV3+ at output stride 16: images (B,3,H,W) to logits (B,classes,H,W), for any H and W."
 
+    backbone: Any
+
     def __init__(self, model: str, classes: int):
         super().__init__()
         smp = optional("segmentation_models_pytorch", "tasks")
@@ -109,19 +108,22 @@ def _read_weights(file: str | Path) -> dict[str, Tensor]: # names as in `_Networ
     state = {name.removeprefix("model_state."): t for name, t in tensors.items() if name.startswith("model_state.")}
     return state or tensors
 
-def _model_of(state: Mapping[str, Tensor], file: str | Path) -> str: # one of `DEEPLABS`
+def _model_of(state: Mapping[str, Tensor], file: str | Path | None) -> str: # one of `DEEPLABS`
     "Which network the weights are for. Raises `CafError` if they are for none of them."
     if "backbone.high_level_features.4.conv.0.0.weight" in state: return "mobilenet"
     if "backbone.layer3.22.conv1.weight" in state and "backbone.layer3.23.conv1.weight" not in state: return "resnet101"
     raise CafError("holds no DeepLabV3+ of the common implementation with MobileNetV2 or ResNet-101", file,
-                   "Give best_deeplabv3plus_mobilenet_cityscapes_os16.pth or best_deeplabv3plus_resnet101_cityscapes_os16.pth")
+                   "Give best_deeplabv3plus_mobilenet_cityscapes_os16.pth or the one of resnet101")
 
 # %% ../../nbs/lib/16_deeplab.ipynb #733e33d4
 class DeepLab(nn.Module):
-    """DeepLabV3+ as a `Task`. Without `weights` it starts from random ones drawn with `seed`. `weights` is a local file: a public Cityscapes checkpoint
-    (`best_deeplabv3plus_mobilenet_cityscapes_os16.pth` or the one of resnet101), read without executing code from it. Nothing is downloaded."""
+    """DeepLabV3+ as a `Task`, with random initialisation unless `weights` is given: a local file, a public Cityscapes
+    checkpoint (`best_deeplabv3plus_mobilenet_cityscapes_os16.pth` or the one of resnet101), read without executing code
+    from it. Nothing is downloaded."""
 
     ignore = 255  # the label of pixels that do not count
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights: str | Path | None = None,            # local file, or None for random weights
                  # one of `DEEPLABS`; None: what the file is for, "mobilenet" without one
@@ -169,10 +171,8 @@ class DeepLab(nn.Module):
         return labels
 
 # %% ../../nbs/lib/16_deeplab.ipynb #6d386cfa
-def _colourise(labels: Tensor,                              # (H,W) class index
-              classes: Sequence[str] = CITYSCAPES_CLASSES, # names; those that are not of Cityscapes are black
-) -> Tensor:                                               # (3,H,W) in [0,1]
-    "Labels in the colours of Cityscapes."
+def _colourise(labels: Tensor, classes: Sequence[str] = CITYSCAPES_CLASSES) -> Tensor: # (H,W) to (3,H,W) in [0,1]
+    "Labels in the colours of Cityscapes; other classes are black."
     palette = torch.tensor([_CITYSCAPES.get(name, (0, 0, 0)) for name in classes]) / 255
     return palette[labels].permute(2, 0, 1)
 
@@ -180,12 +180,9 @@ def _float_rgb(picture: Tensor) -> Tensor: # (3,H,W) in [0,1]
     return (picture.float() / 255 if picture.dtype == torch.uint8 else picture).expand(3, -1, -1)
 
 # %% ../../nbs/lib/16_deeplab.ipynb #dadff508
-def _overlay(picture: Tensor,                             # (1,H,W) or (3,H,W), uint8 or float in [0,1]
-            labels: Tensor,                              # (H,W) class index
-            classes: Sequence[str] = CITYSCAPES_CLASSES,
-            opacity: float = 0.6,                        # of the colours
-) -> Tensor:                                             # (3,H,W) in [0,1]
-    "The picture with its labels painted over it."
+def _overlay(picture: Tensor, labels: Tensor, classes: Sequence[str] = CITYSCAPES_CLASSES, opacity: float = 0.6
+) -> Tensor: # (3,H,W) in [0,1]
+    "The picture, (1,H,W) or (3,H,W), uint8 or float in [0,1], with its labels, (H,W), painted over it."
     picture = _float_rgb(picture)
     painted = torch.tensor([name in _CITYSCAPES for name in classes])[labels]
     return torch.where(painted, (1 - opacity) * picture + opacity * _colourise(labels, classes), picture)
@@ -206,7 +203,7 @@ def show_segmented(pictures: Mapping[str, Tensor],
         above.set_title(title, fontsize=7)
         for ax in (above, below): ax.axis("off")
     occurring = sorted({int(i) for seen in labels.values() for i in seen.unique()})
-    named = [Patch(color=[c / 255 for c in _CITYSCAPES[classes[i]]], label=classes[i]) for i in occurring
+    named = [Patch(color="#%02x%02x%02x" % _CITYSCAPES[classes[i]], label=classes[i]) for i in occurring
              if classes[i] in _CITYSCAPES]
     if named: fig.legend(handles=named, loc="outside lower center", ncols=min(len(named), 8), fontsize=7, frameon=False)
     return axes.tolist()
@@ -251,5 +248,5 @@ def painted_by(deeplab: DeepLab | None) -> str: # a sentence
     "Who painted the overlays of a figure."
     if deeplab is not None:
         return f"The overlays are what DeepLabV3+ ({deeplab.model}, weights {deeplab.provenance}) sees in each picture."
-    return ("The overlays are a stand-in: no Cityscapes checkpoint was given, so the true masks of the synthetic scenes are painted, the same in every column. "
-            "No network has looked at the pictures, and nothing about a method follows from them.")
+    return ("The overlays are a stand-in: no Cityscapes checkpoint was given, so the true masks of the synthetic scenes "
+            "are painted, the same in every column. No network has looked at the pictures, and nothing about a method follows from them.")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +70,8 @@ def _folder_tensors(folder: Path) -> dict[str, Tensor]:
                    "Give a folder that save_pretrained wrote")
 
 # %% ../../nbs/lib/15_segmenter.ipynb #dcc70abe
-def _segmentation_network(model: str,                # one of `SEGMENTERS`
-                          classes: tuple[str, ...],
-                          weights: str | Path | None, # a folder of save_pretrained
-                          seed: int,                 # of all weights that `weights` does not bring
-# a SegformerForSemanticSegmentation, and where its weights come from
-) -> tuple[nn.Module, str]:
+def _segmentation_network(model: str, classes: tuple[str, ...], weights: str | Path | None, seed: int
+) -> tuple[nn.Module, str]: # a SegformerForSemanticSegmentation, and where its weights come from
     """Build SegFormer without the network. Raises `CafError` on an unknown size and on weights that are unreadable or
     of something else."""
     if model not in SEGMENTERS:
@@ -110,6 +107,9 @@ class Segmenter(nn.Module):
     `weights` is a local folder that `save_pretrained` wrote. Nothing is downloaded."""
 
     ignore = 255  # the label of pixels that do not count
+    net: Any      # of transformers
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, classes: Sequence[str],       # names, in the order of the class indices
                  model: str = "tiny",                # one of `SEGMENTERS`

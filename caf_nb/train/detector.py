@@ -34,11 +34,8 @@ if TYPE_CHECKING: _Theirs = Any  # the trainer of ultralytics, which is imported
 else: _Theirs = object
 
 # %% ../../nbs/lib/23_detector_training.ipynb #72c2449d
-def _label_rows(boxes: Tensor,  # (n,5): class, cx, cy, w, h; relative to the image
-                file: Path,     # for the error
-                classes: Sequence[str],
-) -> str:                       # the text of a YOLO label file
-    "Format boxes. Raises `CafError` on an unknown class and on a box outside of the image."
+def _label_rows(boxes: Tensor, file: Path, classes: Sequence[str]) -> str: # the text of a YOLO label file
+    "Format boxes, (n,5). Raises `CafError` on an unknown class and on a box outside of the image."
     for index, *box in boxes.tolist():
         if index not in range(len(classes)):
             raise CafError(f"class index {index:g}, but there are {len(classes)} classes", file,
@@ -87,11 +84,8 @@ def write_yolo_folder(root: str | Path,         # made if absent
     return _write_data_yaml(root, classes)
 
 # %% ../../nbs/lib/23_detector_training.ipynb #f0634b26
-def _split_folder(data: str | Path, # data.yaml, or the folder that holds it
-                  split: str,
-                  classes: Sequence[str],
-) -> Path:                          # the folder of images
-    "Where a split lies. Raises `CafError` if it is not listed, or if its classes are not `classes`."
+def _split_folder(data: str | Path, split: str, classes: Sequence[str]) -> Path:
+    "The folder with the images of a split. Raises `CafError` if it is not listed, or if its classes are not `classes`."
     data = Path(data)
     if not data.is_file(): raise CafError("there is no such file", data, "Write the folder with write_yolo_folder")
     listed = yaml.safe_load(data.read_text())
@@ -133,13 +127,12 @@ def _device_name(name: str | torch.device) -> str: # cpu, mps, or the number of 
     where = find_device(name)
     return str(where.index or 0) if where.type == "cuda" else where.type
 
-def _settings(data: Path, size: int, batch_size: int, device: str | torch.device, out: Path, **more: Any) -> dict[str,
-                                                                                                                  Any]:
+def _settings(data: Path, size: int, batch_size: int, device: str | torch.device, out: Path, **more: Any
+) -> dict[str, Any]:
     "What training and validation have in common: no pictures and no workers. Raises `CafError` on an odd size."
     if size % 32: raise CafError(f"size is {size}", remedy="Choose a multiple of 32: ultralytics would round it up")
     return dict(task="detect", data=str(data), imgsz=size, batch=batch_size, device=_device_name(device), workers=0,
-                plots=False,
-                verbose=False, project=str(out.parent), name=out.name, exist_ok=True) | more
+                plots=False, verbose=False, project=str(out.parent), name=out.name, exist_ok=True) | more
 
 @contextmanager
 def _their_errors(data: Path) -> Iterator[None]:
@@ -188,10 +181,8 @@ def _set_generators(state: dict[str, Any], where: torch.device) -> None:
     set_generators(state["torch"], where)
 
 # %% ../../nbs/lib/23_detector_training.ipynb #cb3eb2d6
-def _forward(loader: Any, # of ultralytics, fresh
-             batches: int,
-) -> None:
-    "Advance the order of the images, without loading any."
+def _forward(loader: Any, batches: int) -> None:
+    "Advance the order of the images in a new loader, without loading any."
     if not batches: return
     if loader.iterator is None: loader.iterator = loader._get_iterator()
     for _ in range(batches): next(loader.iterator._sampler_iter)
@@ -373,12 +364,8 @@ def _trainer_class(given: _Given) -> type:
     return type("Trainer", (_Steps, _Files, _Course, _State, _Resume, DetectionTrainer), {"given": given})
 
 # %% ../../nbs/lib/23_detector_training.ipynb #afbc23c6
-def _run_trainer(detector: Detector,
-                 options: dict[str, Any], # of ultralytics
-                 kind: type,              # what `_trainer_class` made
-                 select_best: bool,
-# the checkpoint, the loss of each epoch, and the seconds of runs before this one
-) -> tuple[Path, list[float], float]:
+def _run_trainer(detector: Detector, options: dict[str, Any], kind: type, select_best: bool
+) -> tuple[Path, list[float], float]: # the checkpoint, the loss of each epoch, and the seconds of runs before this one
     "Run the trainer of ultralytics, starting at the weights of `detector`."
     trainer = kind(overrides=options)
     trainer.model = trainer.get_model(cfg=detector.net.yaml, weights=detector.net, verbose=False)
@@ -399,15 +386,20 @@ class DetectorResult(NamedTuple):
     seconds: float         # of training and test together
 
 # %% ../../nbs/lib/23_detector_training.ipynb #8a3bbfca
+_RECIPES: dict[str, dict[str, Any]] = {"auto": {}, "yolov5": dict(
+    optimizer="SGD", lr0=0.01, lrf=0.01, cos_lr=False, momentum=0.937, weight_decay=5e-4,
+    warmup_epochs=3.0, warmup_momentum=0.8, warmup_bias_lr=0.1,
+    hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, perspective=0.0,
+    flipud=0.0, fliplr=0.5, mosaic=1.0, mixup=0.0, copy_paste=0.0, close_mosaic=0)}
+
 def _options(detector: Detector, data: Path, settings: DetectorSettings, size: int, out: Path, seed: int,
-             device: str | torch.device,
-             select_best: bool, keep: bool) -> dict[str, Any]:
+             device: str | torch.device, select_best: bool, keep: bool) -> dict[str, Any]:
     "The options of a training with ultralytics."
     card = find_device(str(device).split(",")[0]).type == "cuda"
     half = "bf16" if card and torch.cuda.is_bf16_supported(including_emulation=False) else False
     return _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml",
                      epochs=settings.epochs, nbs=settings.nominal_batch, seed=seed, deterministic=True, amp=half,
-                     patience=settings.patience, val=select_best, save=keep)
+                     patience=settings.patience, val=select_best, save=keep, **_RECIPES[settings.recipe])
 
 # %% ../../nbs/lib/23_detector_training.ipynb #72d763db
 def finetune_detector(detector: Detector,                  # where it starts; takes over the result
@@ -433,8 +425,7 @@ def finetune_detector(detector: Detector,                  # where it starts; ta
     file = Path(folder).resolve()/"detector.pt" if folder is not None else None
     images = sum(1 for _ in _split_folder(data, "train", detector.classes).iterdir())
     about = account("detector", start=fingerprint(detector.net), images=images, size=size, seed=seed,
-                    select_best=select_best,
-                    **(settings.model_dump() | recipe)) if file else {}
+                    select_best=select_best, **(settings.model_dump() | recipe)) if file else {}
     read_state(file, about)  # another training's is refused before anything is built
     options = _options(detector, data, settings, size, out, seed, device, select_best, keep=select_best or file is None)
     with contained_ultralytics(), _their_errors(data):

@@ -8,10 +8,10 @@ __all__ = ['METHOD', 'Features', 'Encoder', 'Decoder', 'DIDFuse', 'to_official',
 
 # %% ../../nbs/zoo/didfuse.ipynb #b33921b8
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from ..core import CafError
 from . import Method, Objective, Recipe
 
 # %% ../../nbs/zoo/didfuse.ipynb #25770ac6
-def _layer(inputs: int, outputs: int, act: nn.Module, padding: str = "zeros") -> nn.Sequential:
+def _layer(inputs: int, outputs: int, act: nn.Module, padding: Literal["zeros", "reflect"] = "zeros") -> nn.Sequential:
     "3x3 convolution, batch normalisation, activation; height and width stay."
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=padding),
                                      norm=nn.BatchNorm2d(outputs), act=act))
@@ -74,7 +74,7 @@ def _by_activity(ir: Tensor, vi: Tensor) -> Tensor:
     w = a_ir / (a_ir + a_vi).clamp_min(torch.finfo(ir.dtype).tiny)
     return w * ir + (1 - w) * vi
 
-_RULES = {"sum": torch.add, "average": lambda ir, vi: (ir + vi) / 2, "l1norm": _by_activity}
+_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "average": lambda ir, vi: (ir + vi) / 2, "l1norm": _by_activity}
 
 # %% ../../nbs/zoo/didfuse.ipynb #98156dec
 class DIDFuse(nn.Module):
@@ -118,7 +118,7 @@ def from_official(state: Mapping[str, Tensor], # official names below `encoder.`
 # %% ../../nbs/zoo/didfuse.ipynb #d4e9ca6e
 _PARTS = ("Encoder", "Decoder")
 
-def _both(path: Path) -> tuple[Path, Path] | None:
+def _both(path: Path) -> tuple[Path, ...] | None:
     """The files of encoder and decoder that `path` stands for; None: it is one file with everything. Raises `CafError`
     if one is missing."""
     if path.is_dir():
@@ -167,7 +167,7 @@ class DIDFuseLoss(Objective):
             raise CafError(f"there is no variant {variant!r}", remedy="Choose paper or released")
         self.variant = variant
 
-    def forward(self, net: DIDFuse, ir: Tensor, vi: Tensor) -> Tensor:
+    def forward(self, net: Any, ir: Tensor, vi: Tensor) -> Tensor: # `net`: a DIDFuse
         f_ir, f_vi = net.encoder(ir), net.encoder(vi)
         again_ir, again_vi = net.decoder(f_ir), net.decoder(f_vi)
         gradient = F.l1_loss(spatial_gradient(again_vi), spatial_gradient(vi))

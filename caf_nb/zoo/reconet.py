@@ -29,7 +29,7 @@ class Round(NamedTuple):
 
 def _layer(inputs: int, outputs: int, dilation: int, norm: bool, act: nn.Module) -> nn.Sequential:
     "3x3 convolution, batch normalisation if `norm`, activation; height and width stay."
-    layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation))
+    layers: dict[str, nn.Module] = {"conv": nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)}
     if norm: layers["norm"] = nn.BatchNorm2d(outputs)
     return nn.Sequential(OrderedDict(layers, act=act))
 

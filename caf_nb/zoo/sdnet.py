@@ -9,6 +9,7 @@ __all__ = ['METHOD', 'stretched', 'SDNet', 'to_official', 'from_official', 'lapl
 # %% ../../nbs/zoo/sdnet.ipynb #f5db6f32
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class SDNet(nn.Module):
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):  # the initialisation of the released trainer
                 nn.init.trunc_normal_(conv.weight, std=1e-3, a=-2e-3, b=2e-3)
-                nn.init.zeros_(conv.bias)
+                nn.init.zeros_(conv.get_parameter("bias"))
 
     def forward(self,
                 ir: Tensor, # (B,1,H,W) in [0,1]
@@ -151,7 +152,7 @@ def decomposition_loss(parts: Sequence[Tensor], # what was rebuilt of ir and vi,
 class SDNetLoss(Objective):
     "The loss of SDNet. The network must have `decompose`."
 
-    def forward(self, net: nn.Module, ir: Tensor, vi: Tensor) -> Tensor:
+    def forward(self, net: Any, ir: Tensor, vi: Tensor) -> Tensor:
         fused = net(ir, vi)
         parts = [2 * part - 1 for part in net.decompose(fused)]
         ir, vi = 2 * ir - 1, 2 * vi - 1

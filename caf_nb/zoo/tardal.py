@@ -32,7 +32,7 @@ class _Norm(nn.BatchNorm2d):
 
 def _block(inputs: int, outputs: int, norm: bool = True) -> nn.Sequential:
     "3x3 convolution, batch normalisation if `norm`, ReLU; height and width stay."
-    layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
+    layers: dict[str, nn.Module] = {"conv": nn.Conv2d(inputs, outputs, 3, padding=1)}
     if norm: layers["norm"] = _Norm(outputs)
     return nn.Sequential(OrderedDict(layers, act=nn.ReLU(inplace=True)))
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ def _remainders() -> tuple[int, ...]:
     for _ in range(8): table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
     return tuple(table)
 
-def crc32c(data: bytes) -> int: # 32 bits, not masked
+def crc32c(data: bytes | bytearray) -> int: # 32 bits, not masked
     "The CRC-32C checksum of `data`. Source: RFC 3720, appendix B.4."
     table, crc = _remainders(), 0xFFFFFFFF
     for byte in data: crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     return crc ^ 0xFFFFFFFF
 
-def _masked(data: bytes) -> int:
+def _masked(data: bytes | bytearray) -> int:
     "The checksum of `data` as these files store it."
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -54,9 +54,10 @@ def _piece(data: bytes, at: int, size: int) -> bytes:
     return data[at:at + size]
 
 # %% ../../nbs/zoo/tensorflow.ipynb #4d820d43
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     "(number, value) of each field of a protocol buffer: an integer, or the bytes of whatever is nested."
     at = 0
+    value: Any
     while at < len(message):
         tag, at = _varint(message, at)
         number, kind = tag >> 3, tag & 7
@@ -184,11 +185,8 @@ def _prefix(path: Path) -> Path:
     return path.with_name(re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", path.name))
 
 # %% ../../nbs/zoo/tensorflow.ipynb #8d057e70
-def _read_tensor(file: Path, # a data file
-                 name: str,
-                 entry: _Entry,
-) -> Tensor:
-    "One tensor. Raises `CafError` if the file is too short, or the checksum wrong."
+def _read_tensor(file: Path, name: str, entry: _Entry) -> Tensor:
+    "One tensor of a data file. Raises `CafError` if the file is too short, or the checksum wrong."
     size = file.stat().st_size
     if entry.offset + entry.size > size:
         raise CafError(f"ends at byte {size}, but {name} needs bytes {entry.offset} to {entry.offset + entry.size}",
@@ -196,8 +194,8 @@ def _read_tensor(file: Path, # a data file
     with file.open("rb") as data:
         data.seek(entry.offset)
         content = bytearray(data.read(entry.size))
-    if _masked(content) != entry.crc: raise CafError(f"the checksum of {name} is wrong", file,
-                                                     "The file is damaged; download the checkpoint again")
+    if _masked(content) != entry.crc:
+        raise CafError(f"the checksum of {name} is wrong", file, "The file is damaged; download the checkpoint again")
     dtype = _TYPES[entry.dtype]
     return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).reshape(entry.shape)
 

@@ -48,7 +48,7 @@ class U2Fusion(nn.Module):
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):  # the initialisation of the released trainer
                 nn.init.trunc_normal_(conv.weight, std=0.05, a=-0.1, b=0.1)
-                nn.init.zeros_(conv.bias)
+                nn.init.zeros_(conv.get_parameter("bias"))
 
     def forward(self,
                 ir: Tensor, # (B,1,H,W) in [0,1]
