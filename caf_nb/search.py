@@ -123,7 +123,7 @@ def _fusion_gradient(p: _Players, targets: Targets) -> tuple[Tensor, dict[str, f
     fused = p.net(targets.ir, targets.vi)
     terms = p.space.terms(fused, targets.ir, targets.vi, targets)
     loss = p.space.weigh(terms, p.space.fixed(fused, targets), p.alpha.detach().softmax(0))
-    broken = [name for name, term in zip(TERMS, terms) if not term.isfinite()]
+    broken = [name for name, finite in zip(TERMS, terms.isfinite().tolist()) if not finite]
     norm = backward(loss, p.by_fusion, len(p.rows), f"the fusion loss{f' ({broken[0]})' if broken else ''}")
     return norm, {"fusion_loss": loss.item()} | {f"value_{name}": term for name, term in zip(TERMS, terms.tolist())}
 

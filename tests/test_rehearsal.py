@@ -1,0 +1,110 @@
+"""A rehearsal for CUDA without a card: steps on PyTorch's fake tensors, which have shapes and devices but no values.
+
+An operation on tensors of two devices raises there, as it does on a card. The tests at the end take single transfers out and see it raise."""
+
+import inspect
+import textwrap
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from caf_nb import loop, search
+from caf_nb.config import FusionSettings, SearchSettings
+from caf_nb.data import MFNET_CLASSES
+from caf_nb.fusion import FusionNet
+from caf_nb.losses import LossSpace
+from caf_nb.synth import SynthScenes
+from caf_nb.tasks import Segmenter, task
+from caf_nb.train import caf_recipe, fusion, joint, train_fusion, train_joint
+
+SCENES = SynthScenes(2, 32, seed=5, task="segmentation")[:]
+CARD = "meta"  # stands for the card: PyTorch's backward pass over fake CUDA tensors asks for a driver
+BETA = torch.full((15,), 1 / 15)
+
+
+def filled(tensor: torch.Tensor):
+    "Values for a tensor that has none: 1, and of a list zeros, which are positions of the first scene."
+    if not tensor.ndim: return 1.0 if tensor.dtype.is_floating_point else 1
+    return [filled(row) for row in tensor] if tensor.ndim > 1 else [0] * len(tensor)
+
+
+@contextmanager
+def rehearsal(monkeypatch):
+    "Fake tensors; yields how often the processor waits for a value of the fake card, by the name of the method."
+    waits: Counter[str] = Counter()
+
+    def reading(name, value):
+        def read(self, *_):
+            waits[name] += self.device.type == CARD
+            return value(self)
+        monkeypatch.setattr(FakeTensor if name == "tolist" else torch.Tensor, name, read)  # a list is one transfer
+
+    for name, value in {"item": filled, "tolist": filled, "__bool__": lambda t: True, "__float__": lambda t: 1.0, "__int__": lambda t: 1}.items():
+        reading(name, value)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no type for this device
+    monkeypatch.setattr(task, "_check_classes", lambda *_: None)                   # its result has a size that depends on values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield waits
+
+
+def searching(net, judge, space, order="printed"):
+    search.search(net, judge, space, SCENES, SCENES, SearchSettings(epochs=1, batch_size=2, order=order), progress=False)
+
+
+def fusing(net, judge, space):
+    train_fusion(net, SCENES, caf_recipe(space, BETA, FusionSettings(epochs=1, batch_size=2)), progress=False)
+
+
+def joining(net, judge, space):
+    train_joint(net, judge, space, BETA, SCENES, FusionSettings(epochs=1, batch_size=2), progress=False)
+
+
+STEPS = {"search": searching, "search, beta first": partial(searching, order="beta_first"), "fusion": fusing, "joint": joining}
+
+
+def moved(module, *_, **__):
+    "A module whose parameters are on the card, with its buffers."
+    for part in module.modules():
+        part._buffers.update({name: b.to(CARD) for name, b in part._buffers.items() if b is not None and b.device.type != CARD})
+    return module
+
+
+def rehearse(name, monkeypatch):
+    "One step, with all networks on the fake card."
+    modules = FusionNet(), Segmenter(MFNET_CLASSES), LossSpace("paper", "slim")
+    with rehearsal(monkeypatch) as waits:
+        for module in modules: module.to(CARD)
+        monkeypatch.setattr(torch.nn.Module, "to", moved)  # fake parameters cannot be swapped again
+        STEPS[name](*modules)
+    return waits
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_on_a_card(name, monkeypatch):
+    waits = rehearse(name, monkeypatch)
+    assert 0 < waits.total() <= (24 if "search" in name else 3), waits
+
+
+def without(monkeypatch, owner, name, transfer, instead=""):
+    "Take a transfer to the card out of the source of a function."
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(transfer) == 1
+    found = {}
+    exec(source.replace(transfer, instead), function.__globals__, found)
+    monkeypatch.setattr(owner, name, found[name])
+
+
+@pytest.mark.parametrize("name, owner, function, transfer, instead", [
+    ("search", search._Players, "batch", ".to(self.where)", ""),
+    ("search", search._Players, "__init__", ", device=self.where", ""),
+    ("fusion", fusion, "_step", ".to(engine.where)", ""),
+    ("joint", joint._Joint, "step", ".to(self.where)", ""),
+])  # fmt: skip
+def test_a_transfer_that_is_missing_is_found(name, owner, function, transfer, instead, monkeypatch):
+    without(monkeypatch, owner, function, transfer, instead)
+    with pytest.raises(RuntimeError, match="same device|different devices"): rehearse(name, monkeypatch)
