@@ -6,6 +6,7 @@ PROFILE ?= smoke
 # of `make report`; each may be left out
 DATA_ROOT ?=
 WEIGHTS_ROOT ?=
+FUSED_ROOT ?=
 OUT ?=
 BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -18,7 +19,7 @@ demo: install
 	caf-report --profile smoke
 
 report: install
-	caf-report --profile $(PROFILE) $(if $(OUT),--out "$(OUT)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(WEIGHTS_ROOT),--weights-root "$(WEIGHTS_ROOT)") $(if $(YES),--yes) $(if $(FRESH),--fresh)
+	caf-report --profile $(PROFILE) $(if $(OUT),--out "$(OUT)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(WEIGHTS_ROOT),--weights-root "$(WEIGHTS_ROOT)") $(if $(FUSED_ROOT),--fused-root "$(FUSED_ROOT)") $(if $(YES),--yes) $(if $(FRESH),--fresh)
 
 # The site, from the notebooks as they are committed: no notebook is run, and nothing is fetched.
 docs: install

@@ -6,6 +6,7 @@
 __all__ = ['Vgg', 'load_vgg']
 
 # %% ../../nbs/lib/10_vgg.ipynb #eee9d2a7
+import hashlib
 from pathlib import Path
 
 import torch
@@ -66,6 +67,12 @@ def _random_layers(seed: int,
 _PUBLISHED = {"imagenet": ("VGG-16", VGG16_Weights.IMAGENET1K_V1.url),
               "vgg19": ("VGG-19", VGG19_Weights.IMAGENET1K_V1.url)}
 
+def _known(file: Path, title: str, url: str) -> str:
+    "ImageNet only if the SHA-256 begins as torchvision writes it into the file's name; else the name and the hash."
+    with file.open("rb") as opened: digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest.startswith(Path(url).stem.rpartition("-")[2]): return "ImageNet" + f" ({title})" * (title != "VGG-16")
+    return f"{file.name} ({title}, SHA-256 {digest[:12]}, not torchvision's)"
+
 def _imagenet_state(name: str, file: Path | None) -> dict[str, Tensor]:
     "State of torchvision's VGG: from `file`, or from torchvision's cache. Raises `CafError` if it is not there."
     (title, url), cache = _PUBLISHED[name], Path(torch.hub.get_dir())/"checkpoints"
@@ -89,4 +96,5 @@ def load_vgg(weights: str | Path = "random", # random, slim (a quarter of the ch
     except RuntimeError as error:
         raise CafError(f"these are not the weights of torchvision's {title} ({str(error).splitlines()[0]})", weights,
                        f"Use the file of {url}") from None
-    return Vgg(layers, "ImageNet" if name == "imagenet" else f"ImageNet ({title})")
+    file = Path(weights) if str(weights) not in _PUBLISHED else Path(torch.hub.get_dir())/"checkpoints"/Path(url).name
+    return Vgg(layers, _known(file, title, url))
