@@ -343,7 +343,7 @@ def _prepare(
 def _list() -> None:
     "List the data sets that can be checked and prepared."
     from caf_nb.data.sets import READERS, where
-    for name in READERS: typer.echo(f"{name:<14}{where(name).title:<28}{where(name).page}")
+    for name in READERS: typer.echo(f"{name:<14}{where(name).title:<39}{where(name).page}")
 
 _Which = Annotated[str, typer.Argument(metavar="DATASET", help=_sets, show_default=False)]
 
