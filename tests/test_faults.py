@@ -116,8 +116,8 @@ def training_state(folder: Path) -> Path:
 @pytest.mark.parametrize("state", [search_state, training_state])
 def test_a_flipped_bit_in_a_state_is_refused_or_harmless(tmp_path, state):
     """120 random bits, and the one that no checksum of a zip covers: the attribute that makes a member a folder, for which PyTorch reads nothing.
-    Taken out: the look at `external_attr` in `_read_whole`. Then a tensor came back with other values in 8 of all 48,424 flips of the second state, and this test failed
-    with "a member that became a folder". Taken out: `testzip`. Then 73 of the random flips were read as other values."""
+    Taken out: the look at `external_attr` in `_read_whole`. Then a tensor came back with other values, and the last line failed; of 48,424 flips of the second state it was 8,
+    one a tensor. Taken out: `testzip`. Then 82 and 76 of the 120 random flips were read as other values."""
     file = state(tmp_path)
     whole, about = file.read_bytes(), torch.load(file, weights_only=True)["about"]
     kept, seen = read_state(file, about), {True: 0, False: 0}
@@ -126,18 +126,20 @@ def test_a_flipped_bit_in_a_state_is_refused_or_harmless(tmp_path, state):
         try: found = read_state(file, about)
         except CafError as error: seen[one_sentence(error)] += 1
         else: seen[same(found, kept)] += 1
-    assert seen == {True: 120, False: 0}
+    assert seen == {True: 120, False: 0}, seen
     places = [i for i in range(len(whole)) if whole[i:i + 4] == b"PK\x01\x02"]  # the directory's entries; the attributes are at 38
     assert len(places) > 5
     for place in places:
         damaged = bytearray(whole)
         damaged[place + 38] ^= 0x10
         file.write_bytes(damaged)
-        with pytest.raises(CafError, match="is damaged"): read_state(file, about), "a member that became a folder"
+        try: found = read_state(file, about)
+        except CafError: continue
+        assert same(found, kept), "a member that became a folder"
 
 
 def test_a_state_that_fits_only_by_its_account_is_one_sentence(tmp_path):
-    "Parts missing or of another shape, under the right account. Taken out: the `except` in `_resume`. Then a KeyError and a RuntimeError came through."
+    "Parts missing or of another shape, under the right account. Taken out: the last `except` in `_resume`. Then a KeyError came through."
     file = search_state(tmp_path)
     state = torch.load(file, weights_only=True)
     for wrong in ({"net": {}}, {"alpha": torch.zeros(3)}, {"losses": [1.0]}, {"random": []}, {"part0": state["part3"]}):
@@ -190,7 +192,7 @@ def read_again(folder: Path):
 
 def test_a_flipped_bit_in_a_result_is_computed_again(tmp_path):
     """Of 120 flips in the files of a result each is harmless, or the stage is computed again with one warning.
-    Taken out: the comparison in `_damage`. Then 21 flips gave another number without a word (and unpickling ended the process twice)."""
+    Taken out: the comparison in `_damage`. Then a result and the file that it names were of two numbers, without a word."""
     kept, again = stage(tmp_path).run(), 0
     folder = next(tmp_path.rglob("job.pkl")).parent
     names = sorted({"job.pkl", "checkpoint", "sums.json", *(p.name for p in folder.glob("*.yaml"))})
@@ -210,7 +212,7 @@ def test_a_flipped_bit_in_a_result_is_computed_again(tmp_path):
 @pytest.mark.parametrize("name, content", [("job.pkl", None), ("job.pkl", b""), ("job.pkl", b"\x80\x05\x95"), ("uid.yaml", b"name: b\n"), ("job.pkl", b"cnowhere\nNothing\n.")])
 def test_an_older_result_that_cannot_be_read_is_computed_again(tmp_path, name, content):
     """Results from before there were checksums are read; where that fails they are made again.
-    Taken out: the `except` of `_damage`. Then an EOFError, an UnpicklingError, a ModuleNotFoundError and exca's RuntimeError came through."""
+    Taken out: the `except` of `_damage`. Then an EOFError, an UnpicklingError and exca's RuntimeError came through."""
     kept = stage(tmp_path).run()
     folder = next(tmp_path.rglob("job.pkl")).parent
     (folder / "sums.json").unlink()
@@ -252,7 +254,9 @@ def in_processes(*functions):
     "Each in a fork of its own; their results."
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    def tell(i, function): queue.put((i, function()))
+    def tell(i, function):
+        try: queue.put((i, function()))
+        except BaseException as error: queue.put((i, repr(error)))
     processes = [context.Process(target=tell, args=pair) for pair in enumerate(functions)]
     for process in processes: process.start()
     found = dict(queue.get() for _ in processes)
@@ -262,7 +266,7 @@ def in_processes(*functions):
 
 def test_two_processes_ask_for_one_stage(tmp_path):
     """It is computed once, and all have the same number.
-    Taken out: the lock in `CheckedInfra.job`. Then three processes computed, and had three numbers."""
+    Taken out: the lock in `CheckedInfra.job`. Then more than one of them computed."""
     found = in_processes(*[lambda: stage(tmp_path, name="slow").run().value] * 3)
     assert calls(tmp_path) == 1 and len(set(found)) == 1
 
@@ -294,8 +298,8 @@ def test_a_killed_process_lets_go_of_its_stage(tmp_path):
 
 
 def test_parts_of_living_processes_stay(tmp_path):
-    """Only a process that has ended loses its `.part`. Taken out: `_is_dead`, with every part deleted.
-    Then the living process could not rename what it had written, and ended with FileNotFoundError."""
+    """Only a process that has ended loses its `.part`, and only on this machine.
+    Taken out: `_is_dead`, with True in its place. Then the parts of the living process and of the other machine were deleted."""
     file, living, ended = tmp_path / "a.pt", subprocess.Popen(["sleep", "60"]), subprocess.Popen(["true"])
     ended.wait()
     def part(pid, host=""):
@@ -330,7 +334,7 @@ def test_two_processes_write_one_state_and_one_folder(tmp_path):
 
 @pytest.mark.parametrize("given", [("c" * 90_000_000,), ("c", "f" * 10**6, "r" * 10**6), ("a\x1b[2Jb\nc\u202ed\udcff\0",), ("c", "\x1b]0;owned\x07\n.png", "\r")])
 def test_any_message_is_short_and_printable(given):
-    "Taken out: `printable` in `CafError`. Then 90 MB were written to the terminal, and its title was another."
+    "Taken out: `printable`, with `str` in its place. Then a message had 90 MB, and others held sequences for a terminal."
     error = CafError(*given)
     assert one_sentence(error) and given[0][0] in str(error)
     assert len(error.cause) < 400
@@ -346,7 +350,7 @@ def pairs(tmp_path):
 
 
 def test_names_that_talk_to_the_terminal(pairs):
-    "Taken out: `printable` in `_say`. Then the screen was cleared and a line of its own said that all was well."
+    "Taken out: `printable` in `_say`. Then the sequence that clears the screen was written to it."
     shutil.copy(pairs / "ir/a.png", pairs / "ir/x\x1b[2J\ncaf-fuse: all well.png")
     (pairs / "vi/b.png").rename(pairs / "vi/b\x1b[31m.png")
     (pairs / "ir/b.png").rename(pairs / "ir/b\x1b[31m.png")
