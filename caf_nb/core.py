@@ -41,8 +41,9 @@ class CafError(Exception):
                  remedy: str = "",               # one sentence, imperative
     ):
         where = f"{printable(file, 150)}: " if file is not None else ""
-        self.file, self.remedy = file, printable(remedy.rstrip("."), 150)
-        self.cause = printable(cause.rstrip("."), 395 - len(where) - len(self.remedy))
+        self.file, room = file, 395 - len(where)
+        self.cause = printable(cause.rstrip("."), room - min(len(remedy), 150))
+        self.remedy = printable(remedy.rstrip("."), room - len(self.cause))
         super().__init__(f"{where}{self.cause}." + (f" {self.remedy}." if remedy else ""))
 
 # %% ../nbs/lib/00_core.ipynb #61e8abaa
