@@ -60,12 +60,12 @@ def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused) -> An
     "Fuse with one method, and say what came of it and whose weights these are."
     from caf_nb.fusion import bundled, fuse_folder
     from caf_nb.zoo import find_method
-    *places, color, overwrite = files
-    result, entry = fuse_folder(net, *places, color, overwrite=overwrite), find_method(method)
+    ir, vi, out, color, overwrite = files
+    result, entry = fuse_folder(net, ir, vi, out, color, overwrite=overwrite), find_method(method)
     for file in result.unmatched: _say("caf-fuse", f"{file}: has no partner and was left out.")
     for error in result.failures: _say("caf-fuse", error)
     n, time = len(result.done), f"{result.seconds:.1f} s ({len(result.done) / result.seconds:.2f} pairs/s)"
-    typer.echo(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {places[2]}")
+    typer.echo(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {out}")
     n = len(result.skipped)
     if n: typer.echo(f"{n} skipped, since their results exist: --overwrite replaces them")
     ours = f"of our own, trained on synthetic scenes; the official file is {entry.weights} of {entry.page}"
@@ -85,14 +85,15 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
     from caf_nb.core import CafError
     from caf_nb.fusion import contact_sheet, find_weights, load_fusion
     from caf_nb.zoo import find_method
-    ir, vi, out, *rest = files
+    ir, vi, out, color, overwrite = files
     several, titles = len(methods) > 1, {method: find_method(method).title for method in methods}
     if several and out.suffix.lower() == ".png": raise CafError("is one file for several methods", out, "Give a folder")
     if several and weights and not weights.is_dir():
         raise CafError("several methods need a folder of weights", weights, "Name one with METHOD.safetensors in it")
     found = {m: find_weights(weights, m) if several and weights else weights for m in methods}
     nets = {m: load_fusion(m, found[m], device) for m in methods}
-    results = {m: _fuse_with(net, m, found[m], (ir, vi, out/m if several else out, *rest)) for m, net in nets.items()}
+    results = {m: _fuse_with(net, m, found[m], (ir, vi, out/m if several else out, color, overwrite))
+               for m, net in nets.items()}
     pairs = [p for p in results[methods[0]].targets if all(r.targets[p].is_file() for r in results.values())][:6]
     if pairs and (several or sheet):
         made = {titles[m]: [r.targets[p] for p in pairs] for m, r in results.items()}
