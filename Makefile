@@ -28,7 +28,7 @@ docs: install
 
 # One thread per process and one process per core: small tensors gain nothing from more threads.
 test: export OMP_NUM_THREADS := 1
-test: install sync
+test: install sync types
 	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims)'
 	pytest -n 2 --dist loadfile
 

@@ -141,7 +141,8 @@ def bundled(name: str) -> Path: # such as "caf.safetensors"
 # %% ../nbs/lib/18_fusion.ipynb #b8d032a5
 def _read_for(entry: Method, net: nn.Module, file: Path) -> dict[str, Tensor]:
     "The tensors of a file, ours or its authors', under our names. Raises `CafError` if it cannot be read."
-    tensors = read_tensors(file) if file.suffix == ".safetensors" or entry.read is None else entry.read(file)
+    read = entry.read if entry.read and file.suffix != ".safetensors" else read_tensors
+    tensors = read(file)
     return tensors if tensors.keys() == net.state_dict().keys() else entry.convert(tensors)
 
 def _belongs_to(file: Path) -> str | None:

@@ -84,7 +84,7 @@ def _by_stem(folder: Path, found: list[Finding], extensions: Sequence[str] = EXT
     found += [Finding("two files", path, f"{files[path.stem].name} has the same stem") for path in doubles]
     return files
 
-def _pairs(ir: Path, vi: Path, found: list[Finding]) -> list[Item]:
+def _pairs(found: list[Finding], ir: Path, vi: Path) -> list[Item]:
     "Pairs of two folders by stem. Files without a partner become findings."
     irs, vis = _by_stem(ir, found), _by_stem(vi, found)
     for files, others, other in ((irs, vis, vi), (vis, irs, ir)):
@@ -108,9 +108,9 @@ def _labelled(items: list[Item], folder: Path, found: list[Finding], orphans: bo
     have = [(item, labels[item.stem]) for item in items if item.stem in labels]
     return [i._replace(mask=path) if extensions is EXTENSIONS else i._replace(boxes=path) for i, path in have]
 
-def _scenes(ir: Path, vi: Path, found: list[Finding]) -> list[Item]:
+def _scenes(found: list[Finding], ir: Path, vi: Path) -> list[Item]:
     "Pairs of two folders, with the boxes and masks in the folders beside them."
-    items = _pairs(ir, vi, found)
+    items = _pairs(found, ir, vi)
     for names in (_BOXES, _MASKS):
         if folder := _folder(ir.parent, *names): items = _labelled(items, folder, found)
     return items
@@ -470,7 +470,7 @@ No official split: `caf-data prepare` makes one, scene by scene."""
     @classmethod
     def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
         place = _find(root, _IR, _VI, _BOXES) or cls._place(root, "Ir beside Vis", _IR, _VI)
-        return _scenes(*place[:2], found)
+        return _scenes(found, *place[:2])
 
 # %% ../../nbs/lib/05_sets.ipynb #1128efb8
 class MFNet(Published):
@@ -513,7 +513,7 @@ class Multispectral(Published):
         looked_for = "ConvertedImages beside Annotations_ConvertedSummarized and vis_ok"
         images, labels, aligned = cls._place(root, looked_for, ("convertedimages",), xml, ("vis_ok",))
         ir, vi = cls._place(images, "fir beside rgb in ConvertedImages", ("fir",), ("rgb",))
-        pairs = _pairs(ir, vi, found)
+        pairs = _pairs(found, ir, vi)
         known = {item.stem for item in pairs} | {f.file.stem for f in found}
         items, test = _labelled(pairs, labels, found, orphans=False), list(_by_stem(aligned, found))
         rest = [item.stem for item in items if item.stem not in set(test)]
@@ -568,7 +568,7 @@ class TNO(Published):
 
     @classmethod
     def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
-        if place := _find(root, _IR, _VI): return _pairs(*place, found)
+        if place := _find(root, _IR, _VI): return _pairs(found, *place)
         camera = _find(root, ("athena_images", "dhv_images", "fel_images", "triclobs_images", "tank"))
         base, scenes = camera[0].parent if camera else root, defaultdict(list) # stems begin with the camera
         for path in sorted(p for p in base.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")):
@@ -576,7 +576,7 @@ class TNO(Published):
         names = {folder: "-".join(folder.relative_to(base).parts) or base.name for folder in scenes}
         items = [item for f in sorted(scenes) for item in _tno_scene(names[f], f, scenes[f], found)]
         if items or found: return items
-        return cls._place(root, "pair of an infrared and a visible image", _IR, _VI) and []
+        raise cls._error(f"does not look like {cls.name}: there is no pair of an infrared and a visible image", root)
 
 # %% ../../nbs/lib/05_sets.ipynb #3bd2d5fa
 class RoadScene(Published):
@@ -590,13 +590,14 @@ class RoadScene(Published):
     @classmethod
     def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
         flat, looked_for = _find(root, _IR, _VI), "cropinfrared beside crop_LR_visible"
-        return _pairs(*(flat or cls._place(root, looked_for, ("cropinfrared",), ("crop_lr_visible",))), found)
+        return _pairs(found, *(flat or cls._place(root, looked_for, ("cropinfrared",), ("crop_lr_visible",))))
 
 # %% ../../nbs/lib/05_sets.ipynb #9322c4aa
 class MSRS(Published):
     "MSRS (Tang 2022): 1,444 road scenes in train and test, with masks if present; boxes in the part detection."
-    name, classes, own_parts = "msrs", ("person", "car", "bike"), ("train", "test", "detection")
-    extra, pairs = ("detection",), 1444 # without the part detection
+    name, own_parts, pairs = "msrs", ("train", "test", "detection"), 1444 # without the part detection
+    classes: tuple[str, ...] = ("person", "car", "bike")
+    extra: ClassVar[tuple[str, ...] | None] = ("detection",)
     synonyms = {"people": "person", "pedestrian": "person", "bicycle": "bike"}
     title, page, licence = "MSRS (Tang 2022)", "https://github.com/Linfeng-Tang/MSRS", "none stated"
     tree = """ROOT/                       a clone of the repository, or ir/ and vi/ with equal names
@@ -607,10 +608,10 @@ class MSRS(Published):
     @classmethod
     def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
         place, looked_for = _find(root, ("train",), ("test",)), "ir beside vi, or train beside test"
-        if not place: return _scenes(*cls._place(root, looked_for, _IR, _VI), found)
+        if not place: return _scenes(found, *cls._place(root, looked_for, _IR, _VI))
         folders = {part: folder for part in cls.own_parts if (folder := _folder(place[0].parent, part))}
         places = {part: cls._place(folder, "ir beside vi", _IR, _VI) for part, folder in folders.items()}
-        return [item._replace(parts=(part,)) for part, place in places.items() for item in _scenes(*place, found)]
+        return [item._replace(parts=(part,)) for part, place in places.items() for item in _scenes(found, *place)]
 
 # %% ../../nbs/lib/05_sets.ipynb #a627c511
 class _OwnFolder(MSRS):

@@ -155,7 +155,7 @@ def _check_call(space: object, alpha: Tensor, lr: float, kind: str, **options: A
 @contextmanager
 def _full_float32() -> Iterator[None]:
     "No TF32 in products and convolutions, whose ten bits would hide the finite difference."
-    rooms = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    rooms: tuple[Any, ...] = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv")
     kept = [room.fp32_precision for room in rooms]
     try:
         for room in rooms: room.fp32_precision = "ieee"
