@@ -84,6 +84,7 @@ class DetectorSettings(_Settings):
     pretrained: bool               # start from COCO weights
     patience: int = Field(0, ge=0) # epochs without a better validation score before it stops; 0: never
     recipe: Literal["yolov5", "auto"] = "yolov5" # that of YOLOv5, as in the paper; auto: what ultralytics chooses
+    _before = {"recipe": "auto"}
 
 class SegmenterSettings(_Settings):
     "Fine-tuning the segmenter on fused images."

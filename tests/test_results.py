@@ -12,7 +12,8 @@ from caf_nb.config import DataSettings, Profile
 from caf_nb.data import read_image, write_png
 from caf_nb.report import compare, show_table
 from caf_nb.stages.sources import Data
-from caf_nb.rows import Setup, cells, scores, table1
+from caf_nb.report.study import CLAIMS, CONTROLS, finished
+from caf_nb.rows import Setup, cell_file, cells, read_cell, scores, table1, table2, table3
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,3 +73,16 @@ def test_figure6_on_real_pairs(shared, tmp_path):
     assert set(origin.index) == {"ir", "vi", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "mine", "caf"}
     assert origin["tardal"].endswith("tardal.pt") and origin["caf"].endswith("Det_final.pth")
     assert read_image(tmp_path / "results/figure6_tno_05.png").shape[0] == 3
+
+
+def test_committed_cells_belong_to_the_settings_of_their_profile():
+    "Taken out: what `DetectorSettings` keeps from before its recipes. Then no number of a detector was found, and the tables would have been computed again."
+    mini, folder = Profile.named("mini"), ROOT / "results/mini/cells"
+    setup, found = Setup(profile=mini, trained=mini.trained), {}
+    for seed in mini.seeds:
+        for claims in (CLAIMS, CONTROLS):
+            found |= finished(setup.model_copy(update={"seed": seed}), [seed], folder, claims)
+    for table, rows in ((table1, mini.methods), (table2, mini.methods), (table3, mini.ablation)):
+        found |= {(*key, 0): cell for key, stage in table(setup, rows).items() if (cell := read_cell(stage, cell_file(folder, *key, 0)))}
+    committed = {path.name for path in folder.glob("*.json") if path.name.count("-") == 2}
+    assert {cell_file(folder, *key).name for key in found} == committed
