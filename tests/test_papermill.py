@@ -93,6 +93,19 @@ def test_table3(out):
 
 
 @pytest.mark.slow
+def test_figure6(out):
+    "Without weights only the sources, the network of the tables and the methods that are trained here are shown; who is not is said."
+    done = papermill("figure6", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    origin = pd.read_csv(out / "figure6.csv", index_col="method")["fusion network"]
+    assert list(origin.index) == ["ir", "vi", "reconet", "caf"] and origin["caf"].startswith("caf from caf.safetensors of the package, ")
+    assert origin["reconet"] == "reconet from random (seed 0), 16 steps on synthetic m3fd"
+    for name in ("DIDFuse", "SDNet", "UMFusion", "DeFusion", "U2Fusion", "TarDAL"):
+        assert f"{name} is left out: there are no weights of it" in shown("figure6", out)
+    assert len(list(out.glob("figure6_synthetic_*.png"))) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, title", [("figure2", "yolov5n from yolov5n.safetensors of the package"), ("figure3", "segformer tiny from segformer-tiny of the package")])
 def test_figures_of_the_tables(out, name, title):
     done = papermill(name, out, methods="vi,caf")
@@ -106,7 +119,7 @@ def test_figures_of_the_tables(out, name, title):
 
 @pytest.mark.parametrize("name, parameters, cause", [("table2", {"profile": "huge"}, "there is no profile 'huge'"),
                                                      ("figure2", {"methods": "ir,magic"}, "there is no row 'magic'"),
-                                                     ("figure6", {"methods": "ir,magic"}, "there is no method 'magic'"),
+                                                     ("figure6", {"methods": "ir,magic"}, "there is no row 'magic'"),
                                                      ("figure6", {"data_root": "nbs"}, "holds no folder with ir/ and vi/")])
 def test_bad_parameters(tmp_path, name, parameters, cause):
     with pytest.raises(CafError, match=re.escape(cause)):
