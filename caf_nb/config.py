@@ -124,6 +124,7 @@ class Profile(_Settings):
     methods: tuple[str, ...]            # rows of Tables 1 and 2, and of Figures 2 and 3
     ablation: tuple[str, ...]           # rows of Table 3
     trained: tuple[str, ...] = ()       # methods trained here with their own loss if they have no weights
+    claims: tuple[str, ...] = ()        # names of those that are compared; (): all
     confidence: float = Field(0.25, ge=0, le=1) # of the boxes that Figure 2 draws
     home: Literal["out", "results"] = "results" # output folder: results/ is committed, out/ is not
 
@@ -148,7 +149,8 @@ _SMOKE = Profile(
                               recipe="auto"),
     segmenter=SegmenterSettings(model="tiny", steps=20, batch_size=4, lr=3e-4, recipe="plain", pretrained=False),
     vgg="slim", seeds=(0,), home="out", bundled=True, methods=("ir", "vi", "caf"),
-    ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("reconet",))
+    ablation=("reconet", "reconet_p", "caf_h", "caf_r", "caf_a", "caf"), trained=("reconet",),
+    claims=("C1", "C4"))
 
 # %% ../nbs/lib/01_config.ipynb #ddb38f44
 _MINI = Profile(

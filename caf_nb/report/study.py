@@ -190,7 +190,8 @@ def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
         rows.append({"claim": claim.name, "dataset": c.dataset, "row": c.row, "against": c.against,
                      "metric": METRIC[c.dataset], "margin": c.margin, "n": e.n, "effect": e.mean, "low": e.low,
                      "high": e.high, "dz": e.dz, "verdict": verdict(e, c.margin)})
-    return pd.DataFrame(rows)
+    columns = "claim dataset row against metric margin n effect low high dz verdict".split()
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/lib/32_study.ipynb #49bcf3de
 def judge_claims(compared: pd.DataFrame,         # of `compare_rows`
@@ -202,7 +203,8 @@ def judge_claims(compared: pd.DataFrame,         # of `compare_rows`
     parts = {claim: part.verdict for claim, part in compared.groupby("claim")}
     rows = [{"claim": c.name, "sentence": c.sentence, "comparisons": tally(parts[c.name]),
              "verdict": overall(parts[c.name])} for c in claims]
-    return pd.DataFrame(rows).set_index("claim")
+    columns = "claim sentence comparisons verdict".split()
+    return pd.DataFrame(rows, columns=columns).set_index("claim")
 
 # %% ../../nbs/lib/32_study.ipynb #cd590496
 def weights(found: Found) -> pd.DataFrame:
