@@ -8,13 +8,12 @@ __all__ = ['CAF', 'INFRARED', 'VISIBLE', 'MEAN', 'FusionNet', 'to_official', 'fr
 
 # %% ../nbs/lib/18_fusion.ipynb #c48e533b
 import json
-import os
 import re
 import tempfile
 import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import load_tensors, read_tensors, renamed, verified
-from .core import CafError, device as find_device
+from .core import CafError, device as find_device, replacing
 from .data import (Pair, PairFolder, luma, read_image, read_pair, recolor, recolor_uint8, to_uint8,
                          write_png)
 from .zoo import METHODS, Method, build_network, find_method
@@ -87,16 +86,6 @@ def from_official(state: Mapping[str, Tensor], # official names, perhaps below a
     inside = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
     return renamed(inside, {theirs: ours for ours, theirs in _OFFICIAL.items()})
 
-# %% ../nbs/lib/18_fusion.ipynb #96d93c11
-def _replace(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    "Let each writer make its file beside its place, and when all are complete move them there."
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in writers}
-    try:
-        for path, write in writers.items(): write(parts[path])
-        for path, part in parts.items(): part.replace(path)
-    finally:
-        for part in parts.values(): part.unlink(missing_ok=True)
-
 # %% ../nbs/lib/18_fusion.ipynb #0f0386ef
 def save_fusion(path: str | Path,                # FILE.safetensors
                 net: nn.Module,                  # its whole state is kept
@@ -111,8 +100,9 @@ def save_fusion(path: str | Path,                # FILE.safetensors
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace({path: lambda part: part.write_bytes(save(state)),
-                  path.with_suffix(".json"): lambda part: part.write_text(text + "\n", encoding="utf-8")})
+        with replacing(path.with_suffix(".json")) as about, replacing(path) as part:
+            part.write_bytes(save(state))
+            about.write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CafError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path,
                        "Choose a folder that you may write to") from None
@@ -406,7 +396,7 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 out: str | Path,       # folder for the results, STEM.png, made if absent; or FILE.png for one pair
                 color: bool = True,    # put the chroma of `vi` back, where it has any
                 progress: bool = True, # show a bar on stderr
-    overwrite: bool = True, # else pairs whose result is there are skipped
+                overwrite: bool = True, # else pairs whose result is there are skipped
 ) -> FolderResult:
     """Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the
     `failures`."""
@@ -415,7 +405,8 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
     targets = _targets(out, pairs)
     _warn_if_swapped(pairs[0])
     skipped = [target for target in targets.values() if target.exists() and not overwrite]
-    pairs = [pair for pair in pairs if targets[pair] not in skipped]
+    there = set(skipped)
+    pairs = [pair for pair in pairs if targets[pair] not in there]
     done, failures = [], []
     writing: deque[tuple[Pair, Future]] = deque()
 

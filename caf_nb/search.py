@@ -44,10 +44,7 @@ class SearchResult:
         rows = [{name: x for name, x in row.items() if x == x} for row in self.history.to_dict("records")]
         content = {"weights": dict(zip(TERMS, self.beta.tolist(), strict=True)), "alpha": self.alpha.tolist(),
                    "converged": self.converged, "columns": list(self.history), "history": rows}
-        try:
-            with replacing(path) as part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CafError(f"cannot be written ({error.strerror})", path, "Choose another folder") from None
+        with replacing(path) as part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":

@@ -123,11 +123,7 @@ def write_png(path: str | Path, # ends in .png
     "Write an 8-bit PNG atomically. Raises `CafError` if the folder is not writable."
     pixels = (image if image.dtype == torch.uint8 else to_uint8(image)).permute(1, 2, 0).cpu().numpy()
     ok, code = cv2.imencode(".png", pixels[..., ::-1] if pixels.shape[2] == 3 else pixels)
-    try:
-        with replacing(path) as part: part.write_bytes(code.tobytes())
-    except OSError as error:
-        remedy = "Choose a folder that you may write to"
-        raise CafError(f"cannot be written ({error.strerror})", path, remedy) from None
+    with replacing(path) as part: part.write_bytes(code.tobytes())
 
 # %% ../../nbs/lib/04_pictures.ipynb #e7b6c2ae
 def read_pair(ir: str | Path, # infrared file

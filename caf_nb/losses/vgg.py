@@ -6,7 +6,6 @@
 __all__ = ['Vgg', 'load_vgg']
 
 # %% ../../nbs/lib/10_vgg.ipynb #eee9d2a7
-import hashlib
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from ..checkpoints import finite, read_tensors
+from ..checkpoints import checksums, finite, read_tensors
 from ..core import CafError
 
 # %% ../../nbs/lib/10_vgg.ipynb #d7e1e7da
@@ -69,7 +68,7 @@ _PUBLISHED = {"imagenet": ("VGG-16", VGG16_Weights.IMAGENET1K_V1.url),
 
 def _known(file: Path, title: str, url: str) -> str:
     "ImageNet only if the SHA-256 begins as torchvision writes it into the file's name; else the name and the hash."
-    with file.open("rb") as opened: digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = checksums(file, file.parent)[file.name]
     if digest.startswith(Path(url).stem.rpartition("-")[2]): return "ImageNet" + f" ({title})" * (title != "VGG-16")
     return f"{file.name} ({title}, SHA-256 {digest[:12]}, not torchvision's)"
 

@@ -543,6 +543,9 @@ class _Finetuning(BaseModel):
     fused: FuseDataset
     start: Start = Field(None, discriminator="kind") # of the task network
     seed: int = 0
+    network: ClassVar[str] # in the provenance, and of the folder
+
+    def run(self) -> Any: raise NotImplementedError
 
     def finetune(self, settings: _Settings, size: int, out: Path) -> Any:
         "Fine-tune the task network on the fused pictures."
@@ -550,9 +553,10 @@ class _Finetuning(BaseModel):
         task = _task_network(self.fused.data, settings, self.start, self.seed)
         return _finetune(task, pictures, settings, size, out, self.seed)
 
-    def origin(self, network: str, result: Any) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         "Provenance of the images, then that of the task network."
-        about = {network: result.provenance, f"{network} seconds": f"{result.seconds:.0f}"}
+        result = self.run()
+        about = {self.network: result.provenance, f"{self.network} seconds": f"{result.seconds:.0f}"}
         return _provenance(self, self.fused.model.provenance(), about)
 
 def _percent(values: dict[str, float]) -> dict[str, float]: return {name: 100 * value for name, value in values.items()}
@@ -561,14 +565,13 @@ def _percent(values: dict[str, float]) -> dict[str, float]: return {name: 100 * 
 class FinetuneDetector(_Finetuning):
     "Fine-tune a detector on fused images and score it on the test split."
     settings: DetectorSettings
+    network = "detector"
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
     @infra.apply
     def run(self) -> DetectorResult:
         data = self.fused.data.settings
-        return self.finetune(self.settings, data.task_size or data.size, _folder(self.infra, "detector"))
-
-    def provenance(self) -> dict[str, str]: return self.origin("detector", self.run())
+        return self.finetune(self.settings, data.task_size or data.size, _folder(self.infra, self.network))
 
     def scores(self) -> dict[str, float]:
         "Percent by metric: AP of each class, mAP@.5:.95 and mAP@.5."
@@ -579,13 +582,12 @@ class FinetuneDetector(_Finetuning):
 class FinetuneSegmenter(_Finetuning):
     "Fine-tune a segmenter on fused images and score it on the test split."
     settings: SegmenterSettings
+    network = "segmenter"
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
     @infra.apply
     def run(self) -> SegmenterResult:
-        return self.finetune(self.settings, self.fused.data.settings.size, _folder(self.infra, "segmenter"))
-
-    def provenance(self) -> dict[str, str]: return self.origin("segmenter", self.run())
+        return self.finetune(self.settings, self.fused.data.settings.size, _folder(self.infra, self.network))
 
     def scores(self) -> dict[str, float]:
         "Percent by metric: Acc and IoU of each class, mAcc and mIoU."
