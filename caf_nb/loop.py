@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from .checkpoints import load_plain
@@ -372,6 +371,8 @@ class Log:
              rows: Sequence[Sequence[Tensor]], # pictures (1,H,W) or (3,H,W) in [0,1], of one size
     ) -> None:
         if self:
+            from torchvision.utils import make_grid
+
             pictures = torch.stack([p.detach().float().cpu().expand(3, -1, -1) for row in rows for p in row])
             self.writer.add_image(name, make_grid(pictures.clamp(0, 1), nrow=len(rows[0])), step)
 

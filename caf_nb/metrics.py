@@ -23,17 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 from kornia.metrics import ssim
-from matplotlib.axes import Axes
 from pydantic import BaseModel, ConfigDict
-from scipy import ndimage
-from scipy.signal import convolve2d
 from torch import Tensor
 from tqdm import tqdm
 
@@ -563,6 +558,9 @@ def plot_metrics(frame: pd.DataFrame,                      # of `evaluate_fusion
                  names: Mapping[str, str] | None = None,   # method -> label
 ) -> np.ndarray:                                           # of axes: one row per data set, one column per metric
     "Distribution of every metric for every method: boxes, mean as a triangle, median as a line."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
     if "dataset" not in frame: frame = frame.assign(dataset="")
     datasets, metrics, methods = (list(frame[c].unique()) for c in ("dataset", "metric", "method"))
     _, axes = plt.subplots(len(datasets), len(metrics), figsize=(7.2, 0.5 + 1.7 * len(datasets)), layout="constrained",
@@ -585,11 +583,15 @@ def plot_metrics(frame: pd.DataFrame,                      # of `evaluate_fusion
 # %% ../nbs/lib/09_metrics.ipynb #cf135d09
 def blur_window(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     "Two-dimensional convolution without padding, as published evaluators do it."
+    from scipy.signal import convolve2d
+
     return convolve2d(image, np.outer(kernel, kernel), "valid")
 
 # %% ../nbs/lib/09_metrics.ipynb #503a9b32
 def blur_separable(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     "The same result by rows and columns."
+    from scipy import ndimage
+
     r = len(kernel) // 2
     return ndimage.convolve1d(ndimage.convolve1d(image, kernel, 0), kernel, 1)[r:-r, r:-r]
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.utils import get_total_norm
 from torch.profiler import ProfilerActivity, profile
-from torchvision.models import vgg16
 
 from ..checkpoints import load_tensors, read_tensors
 from ..data import recolor
@@ -61,6 +60,8 @@ def write_whole(vgg: Vgg,   # whose weights it gets; the classifier is random
                 file: Path, # about 528 MB
 ) -> Path:                  # `file`
     "A file like torchvision's of the whole of VGG-16."
+    from torchvision.models import vgg16
+
     state = vgg16(weights=None, init_weights=False).state_dict()
     torch.save(state | {f"features.{name}": tensor for name, tensor in vgg.layers.state_dict().items()}, file)
     return file
@@ -71,6 +72,8 @@ def textbook_space(variant: Literal["paper", "released"] | Variant,
                    pretrained: str,        # what its weights are
 ) -> LossSpace:
     "A loss with a VGG-16 built from nothing and read from a file, classifier and all."
+    from torchvision.models import vgg16
+
     whole = vgg16(weights=None, init_weights=False)
     load_tensors(whole, read_tensors(file), file)
     return LossSpace(variant, Vgg(whole.features, pretrained))

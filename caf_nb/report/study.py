@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from scipy import stats
 from tqdm import tqdm
 
 from ..core import CafError
@@ -162,6 +161,8 @@ class Effect(NamedTuple):
 # %% ../../nbs/lib/32_study.ipynb #7f93a2e8
 def effect(differences: Sequence[float]) -> Effect:
     "The mean of paired differences and its interval (Student's t)."
+    from scipy import stats
+
     d = np.asarray(differences, float)
     if len(d) < 2: return Effect(len(d), d.mean() if len(d) else math.nan, math.nan, math.nan, math.nan)
     scatter = d.std(ddof=1)

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torchvision.models import VGG16_Weights, VGG19_Weights
 
 from ..config import DataSettings
 from ..core import CafError
@@ -27,6 +26,7 @@ from caf_nb.data import (
     Blocks, LazySequence, Published, SPLIT_VERSION, Scene, blocks, load_dataset, make_split, to_uint8, where,
     write_split,
 )
+from ..losses.vgg import PUBLISHED
 from ..synth import SynthScenes, TASK_CLASSES
 
 # %% ../../nbs/lib/28_sources.ipynb #7f047144
@@ -337,6 +337,6 @@ def deeplab_weights() -> Pretrained:
 # %% ../../nbs/lib/28_sources.ipynb #aa21538a
 def vgg_weights(depth: int = 16) -> Pretrained:
     "ImageNet weights of VGG-16 or VGG-19, where torchvision keeps them and `load_vgg` looks."
-    url = (VGG19_Weights if depth == 19 else VGG16_Weights).IMAGENET1K_V1.url
+    url = PUBLISHED["vgg19" if depth == 19 else "imagenet"][1]
     folder = Path(torch.hub.get_dir())/"checkpoints"
     return Pretrained(f"ImageNet weights of VGG-{depth}", url.rpartition("/")[2], url, folder)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 from ..config import DetectorSettings
@@ -284,6 +283,8 @@ class _Course(_Theirs):
 # %% ../../nbs/lib/23_detector_training.ipynb #82de13eb
 def _boxed(batch: dict[str, Tensor]) -> list[Tensor]:
     "The first images of a batch of ultralytics with their boxes drawn."
+    from torchvision.utils import draw_bounding_boxes
+
     n, (h, w) = min(4, len(batch["img"])), batch["img"].shape[-2:]
     cx, cy, bw, bh = (batch["bboxes"].cpu() * torch.tensor([w, h, w, h])).unbind(1)
     corners = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], 1)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.transforms import functional as colours
 
 from ..config import SegmenterSettings
 from ..core import CafError
@@ -137,6 +136,8 @@ def _cropped(image: Tensor, mask: Tensor, size: Sequence[int], most: float = 0.7
 # %% ../../nbs/lib/24_segmenter_training.ipynb #ef6f9cc3
 def _augmented(image: Tensor, mask: Tensor, side: int | None, mean: Tensor) -> tuple[Tensor, Tensor]:
     "SegFormer's augmentation of an image (3,H,W) in [0,1] and its mask (H,W); `mean` (3,1,1) fills what it lacks."
+    from torchvision.transforms import functional as colours
+
     size = (side, side) if side else mask.shape
     image, mask = _cropped(*_scaled(image, mask, _uniform(0.5, 2)), size)
     if torch.rand(()) < 0.5: image, mask = image.flip(-1), mask.flip(-1)
