@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from .checkpoints import load_tensors, read_tensors, renamed, verified
 from .core import CafError, device as find_device, replacing
-from .data import (Pair, PairFolder, luma, read_image, read_pair, recolor, recolor_uint8, to_uint8,
-                         write_png)
+from caf_nb.data import (
+    Pair, PairFolder, html_row, luma, marked, read_image, read_pair, recolor, recolor_uint8, to_uint8, write_png,
+)
 from .zoo import METHODS, Method, build_network, find_method
 
 # %% ../nbs/lib/18_fusion.ipynb #89e90775
@@ -372,6 +373,16 @@ class FolderResult(NamedTuple):
     skipped: list[Path]      # results that were there already
     seconds: float           # wall time
 
+    def _repr_html_(self) -> str: # in a notebook: the first pairs, and what became of them
+        shown = [(pair, target) for pair, target in self.targets.items() if target.is_file()][:3]
+        rows = [html_row({f"{pair.stem}: infrared": _small(pair.ir), "visible": _small(pair.vi), "fused": _small(target)})
+                for pair, target in shown]
+        return "<br>".join([f"{len(self.done)} fused, {len(self.skipped)} skipped, {len(self.failures)} failed", *rows])
+
+def _small(picture: str | Path, side: int = 256) -> Image.Image:
+    image = marked(read_image(picture))
+    return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
+
 # %% ../nbs/lib/18_fusion.ipynb #42116caf
 def _read_ahead(pool: ThreadPoolExecutor, pairs: Sequence[Pair], depth: int = 2) -> Iterator[tuple[Pair, Future]]:
     "Each pair with the future of its two images; `depth` reads are under way before the caller needs them."
@@ -435,9 +446,7 @@ def contact_sheet(file: Path,                               # FILE.png
                   side: int = 224,                          # longer side of a picture, in pixels
 ) -> None:
     "Write pictures side by side, a row for each pair. Raises `CafError` if that is not possible."
-    def small(picture: str | Path) -> Image.Image:
-        pixels = to_uint8(read_image(picture).expand(3, -1, -1)).permute(1, 2, 0).numpy()
-        return ImageOps.contain(Image.fromarray(pixels), (side, side))
+    def small(picture: str | Path) -> Image.Image: return ImageOps.contain(marked(read_image(picture)), (side, side))
     rows = [[small(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
     heights = [max(picture.height for picture in row) + 4 for row in rows]
     sheet = Image.new("RGB", ((side + 4) * len(columns), 20 + sum(heights)), "white")

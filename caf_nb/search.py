@@ -23,10 +23,17 @@ from .core import CafError, replacing, seeded
 from .data import Batch, Scene, collate, luma
 from .hypergradient import Fuse, _buffers_kept, _run, hypergradient, task_loss
 from .loop import ModuleState, NotFinite, Order, Training, backward, check_finite, descend, move, play
-from .losses import LossSpace, TERMS, Targets
+from .losses import LossSpace, TERM_TABLE, TERMS, Targets, Term
 from .tasks import Task
 
 # %% ../nbs/lib/21_search.ipynb #cb7ba9a6
+def _bar(term: Term, weight: float) -> str: # a row of a table; the line at 1/15 is an equal weight
+    width, equal = 300 * weight, 300 / len(TERMS)
+    style = f"background:linear-gradient(#d55e00,#d55e00) 0/{width:.0f}px 60% no-repeat;border-left:0"
+    mark = f'<span style="display:inline-block;width:{equal:.0f}px;border-right:1px solid gray">&nbsp;</span>'
+    return (f'<tr><td>{term.letter}</td><td style="text-align:left">{term.name}</td><td>{weight:.3f}</td>'
+            f'<td style="text-align:left;width:300px;{style}">{mark}</td></tr>')
+
 @dataclass(frozen=True)
 class SearchResult:
     "The end of a search and the way there."
@@ -45,6 +52,10 @@ class SearchResult:
         content = {"weights": dict(zip(TERMS, self.beta.tolist(), strict=True)), "alpha": self.alpha.tolist(),
                    "converged": self.converged, "columns": list(self.history), "history": rows}
         with replacing(path) as part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def _repr_html_(self) -> str: # in a notebook: the weights as bars
+        bars = "".join(_bar(term, weight) for term, weight in zip(TERM_TABLE, self.beta.tolist()))
+        return f"<table><caption>weights after {len(self.history)} steps</caption>{bars}</table>"
 
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":

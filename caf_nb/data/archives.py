@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ratio', 'find_scenes', 'deal', 'make_split', 'Block', 'blocks', 'read_blocks', 'Blocks', 'Checked', 'check',
-           'Prepared', 'prepare']
+           'checked', 'Prepared', 'prepare']
 
 # %% ../../nbs/lib/06_archives.ipynb #c7149de0
 import csv
@@ -289,20 +289,25 @@ def check(dataset: str,                          # a key of `READERS`
           progress: bool = True,                 # show a bar
 ) -> Checked:
     "Open every file of an archive once. Raises `CafError` if it is no such archive at all; anything less is a finding."
-    published = where(dataset)(root, "all", split_file, names)
+    return checked(where(dataset)(root, "all", split_file, names), progress)
+
+def checked(published: Published,  # all of it
+            progress: bool = True, # show a bar
+) -> Checked:
+    "The same of a set that is listed."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow, about odd files; they become findings
         seen = thread_map(lambda item: list(_facts(published, item)), published.listed,
-                          desc=f"checking {dataset}", disable=not progress)
+                          desc=f"checking {published.name}", disable=not progress)
     facts = [fact for facts in seen for fact in facts]
     sizes, counts = (Counter(f.detail for f in facts if f.kind == kind) for kind in ("size", "class"))
     found = published.findings + [f for f in facts if f.kind not in ("size", "class", *_COUNTED)]
     for kind in _COUNTED:
-        n = sum(f.kind == kind for f in facts) if kind != "black border" or dataset == "multispectral" else 0
+        n = sum(f.kind == kind for f in facts) if kind != "black border" or published.name == "multispectral" else 0
         if n: found.append(Finding(kind, published.root, f"{n} of {len(seen)} pairs"))
     named = [*(published.classes if any(i.boxes for i in published.listed) else ()),
              *(published.mask_classes if any(i.mask for i in published.listed) else ())]
-    return Checked(dataset, Path(root), len(published), published.pairs, dict(sizes.most_common()),
+    return Checked(published.name, published.root, len(published), published.pairs, dict(sizes.most_common()),
                    {c: counts[c] for c in dict.fromkeys([*named, *sorted(counts)])},
                    dict(Counter(p for item in published.listed for p in item.parts)), found)
 

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['M3FD_CLASSES', 'MULTISPECTRAL_CLASSES', 'MFNET_CLASSES', 'EXTENSIONS', 'read_image', 'luma', 'rgb_to_ycbcr',
            'ycbcr_to_rgb', 'recolor', 'to_uint8', 'recolor_uint8', 'write_png', 'read_pair', 'Pair', 'by_stem',
-           'LazySequence', 'PairFolder', 'Scene', 'Batch', 'collate', 'batches']
+           'LazySequence', 'PairFolder', 'marked', 'html_row', 'Scene', 'Batch', 'collate', 'batches']
 
 # %% ../../nbs/lib/04_pictures.ipynb #cef5fb2a
+import base64
+import html
+import io
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 from ..core import CafError, replacing
@@ -190,6 +193,39 @@ class PairFolder(LazySequence[Pair]):
 
     def _item(self, i: int) -> Pair: return self._pairs[i]
 
+# %% ../../nbs/lib/04_pictures.ipynb #c3c4a484
+_CLASS_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+def marked(image: Tensor,               # (1,H,W) or RGB (3,H,W), uint8 or float in [0,1]
+           boxes: Tensor | None = None, # (n,5) as in `Scene`
+           mask: Tensor | None = None,  # (H,W) class index
+) -> Image.Image:
+    "A picture with its labels, for eyes."
+    pixels = (image if image.dtype == torch.uint8 else to_uint8(image)).expand(3, -1, -1).permute(1, 2, 0).cpu()
+    if mask is not None and mask.any():
+        tint = torch.tensor(_CLASS_COLOURS, dtype=torch.float32)[(mask.cpu() - 1) % len(_CLASS_COLOURS)]
+        pixels = torch.where((mask > 0).cpu()[..., None], 0.5 * pixels + 0.5 * tint, pixels.float()).byte()
+    picture = Image.fromarray(pixels.numpy())
+    w, h = picture.size
+    for index, x, y, wide, high in ([] if boxes is None else boxes.tolist()):
+        corners = ((x - wide / 2) * w, (y - high / 2) * h, (x + wide / 2) * w - 1, (y + high / 2) * h - 1)
+        ImageDraw.Draw(picture).rectangle(corners, outline=_CLASS_COLOURS[int(index) % len(_CLASS_COLOURS)])
+    return picture
+
+# %% ../../nbs/lib/04_pictures.ipynb #19053cb6
+def html_row(pictures: Mapping[str, Image.Image], # by title
+             side: int = 256,                     # of the longer side, in pixels of the page
+) -> str:
+    "Pictures side by side for a notebook or a page, without any file beside it."
+    def shown(title: str, picture: Image.Image) -> str:
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        data = base64.b64encode(stream.getvalue()).decode()
+        size = f"width:{side * picture.width // max(picture.size)}px"
+        return (f'<figure style="display:inline-block;margin:2px"><img alt="{html.escape(title)}" style="{size}" '
+                f'src="data:image/png;base64,{data}"><figcaption>{html.escape(title)}</figcaption></figure>')
+    return "".join(shown(title, picture) for title, picture in pictures.items())
+
 # %% ../../nbs/lib/04_pictures.ipynb #9555eea9
 class Scene(NamedTuple):
     "One labelled pair."
@@ -198,6 +234,9 @@ class Scene(NamedTuple):
     vi: Tensor    # RGB (3,H,W) float32 in [0,1]
     boxes: Tensor # (n,5) float32: class, centre x, centre y, width, height; relative to the image
     mask: Tensor  # (H,W) int64 class index
+
+    def _repr_html_(self) -> str: # in a notebook: both pictures with their labels
+        return html_row({f"{self.stem}: infrared": marked(self.ir, self.boxes), "visible": marked(self.vi, self.boxes, self.mask)})
 
 class Batch(NamedTuple):
     "Scenes of one size, stacked."

@@ -280,6 +280,11 @@ class LossSpace(_Inputs):
         t = targets or self.targets(ir, vi)
         return self.weigh(self.terms(fused, ir, vi, t), self.fixed(fused, t), beta)
 
+    def _repr_html_(self) -> str: # in a notebook: the terms
+        row = "<tr><td>{0.letter}</td><td>{0.name}</td><td>{0.reference}</td><td>{0.formula}</td></tr>"
+        rows = "".join(map(row.format, TERM_TABLE))
+        return f"<table><caption>variant {self.variant}, fixed terms times {self.variant.fixed:g}</caption>{rows}</table>"
+
 # %% ../../nbs/lib/11_losses.ipynb #88c879dc
 def forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor, # images: (1,1,H,W) in [0,1]
 ) -> Tensor: # (15,H,W), in the order of TERMS; 0 where a term does not reach the image

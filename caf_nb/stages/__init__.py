@@ -166,9 +166,9 @@ def _write_split(folder: Path, data: Data, split: Literal["train", "val", "test"
     "One split as pictures and labels, one scene in memory at a time."
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
         for scene in in_memory(data.whole(split), room=0):
-            yield picture(data.name, split, scene), scene.mask if data.name == "mfnet" else scene.boxes
+            yield picture(data.name, split, scene), scene.mask if data.masks else scene.boxes
     images, labels = (map(itemgetter(i), copy) for i, copy in enumerate(tee(rows())))
-    if data.name == "mfnet": write_mask_folder(folder, split, images, labels, data.stems(split))
+    if data.masks: write_mask_folder(folder, split, images, labels, data.stems(split))
     else: write_yolo_folder(folder, split, images, labels, data.stems(split), data.classes)
 
 # %% ../../nbs/lib/29_stages.ipynb #7ac07bce
