@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .core import CafError
+from .core import UnknownName
 
 # %% ../nbs/lib/01_config.ipynb #9f6d6961
 class _Settings(BaseModel):
@@ -132,7 +132,7 @@ class Profile(_Settings):
     def named(cls, name: str) -> "Profile":
         "The profile called `name`. Raises `CafError` on any other name."
         if name not in _PROFILES:
-            raise CafError(f"there is no profile {name!r}", remedy=f"Choose one of {', '.join(_PROFILES)}")
+            raise UnknownName(f"there is no profile {name!r}", remedy=f"Choose one of {', '.join(_PROFILES)}")
         return _PROFILES[name]
 
 # %% ../nbs/lib/01_config.ipynb #b38ac368

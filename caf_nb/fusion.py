@@ -375,10 +375,11 @@ class FolderResult(NamedTuple):
 
     def _repr_html_(self) -> str: # in a notebook: the first pairs, and what became of them
         shown = [(pair, target) for pair, target in self.targets.items() if target.is_file()][:3]
-        rows = [html_row({f"{pair.stem}: infrared": _small(pair.ir), "visible": _small(pair.vi), "fused": _small(target)})
-                for pair, target in shown]
+        rows = [html_row({f"{p.stem}: infrared": _small(p.ir), "visible": _small(p.vi), "fused": _small(target)})
+                for p, target in shown]
         return "<br>".join([f"{len(self.done)} fused, {len(self.skipped)} skipped, {len(self.failures)} failed", *rows])
 
+# %% ../nbs/lib/18_fusion.ipynb #1e75018a
 def _small(picture: str | Path, side: int = 256) -> Image.Image:
     image = marked(read_image(picture))
     return ImageOps.contain(image, (side, side)) if max(image.size) > side else image

@@ -7,8 +7,8 @@ __all__ = ['Gray', 'Channels', 'Reduce', 'Correction', 'CONVENTIONS', 'METRICS',
            'standard_deviation', 'visual_information_fidelity', 'visual_information_fidelity_for_fusion',
            'sum_of_correlations_of_differences', 'entropy', 'average_gradient', 'spatial_frequency',
            'correlation_coefficient', 'peak_signal_to_noise_ratio', 'structural_similarity',
-           'multiscale_structural_similarity', 'edge_transfer', 'Convention', 'find_convention', 'measure',
-           'evaluate_fusion', 'plot_metrics', 'blur_window', 'blur_separable', 'plain_metrics']
+           'multiscale_structural_similarity', 'edge_transfer', 'Convention', 'find_convention', 'find_metric',
+           'measure', 'evaluate_fusion', 'plot_metrics', 'blur_window', 'blur_separable', 'plain_metrics']
 
 # %% ../nbs/lib/09_metrics.ipynb #7750351e
 import math
@@ -32,14 +32,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
-from .core import CafError, device as find_device
+from .core import CafError, UnknownName, device as find_device
 from .data import PairFolder, read_image
 
 # %% ../nbs/lib/09_metrics.ipynb #0dc9008c
 def _one_of(what: str, value: object, allowed: Sequence[object]) -> None:
     "Raises `CafError` unless `value` is one of `allowed`."
     if value not in allowed:
-        raise CafError(f"{what} is {value!r}", remedy=f"Choose one of {', '.join(map(repr, allowed))}")
+        raise UnknownName(f"{what} is {value!r}", remedy=f"Choose one of {', '.join(map(repr, allowed))}")
 
 # %% ../nbs/lib/09_metrics.ipynb #baa8e3c6
 # integer weights of R, G, B, and the bits to shift them out
@@ -422,8 +422,8 @@ CONVENTIONS: dict[str, Convention] = {
 def find_convention(name: str, # a name in `CONVENTIONS`
 ) -> Convention:
     "The convention of a tool. Raises `CafError` on an unknown name, with the known ones."
-    _one_of("the convention", name, tuple(CONVENTIONS))
-    return CONVENTIONS[name]
+    _one_of("the convention", name.lower(), tuple(CONVENTIONS))
+    return CONVENTIONS[name.lower()]
 
 # %% ../nbs/lib/09_metrics.ipynb #540a65d2
 class _Metric(NamedTuple):
@@ -445,15 +445,21 @@ METRICS: dict[str, _Metric] = {
 _PAPER_METRICS = ("MI", "SD", "VIF", "SCD")  # Figure 7
 
 # %% ../nbs/lib/09_metrics.ipynb #cd08895e
-def measure(name: str,     # a name in `METRICS`
+def find_metric(name: str, # in any case
+) -> str:                  # as in `METRICS`
+    "The name of a metric. Raises `CafError` on an unknown one, with the known ones."
+    known = {metric.lower(): metric for metric in METRICS}
+    if name.lower() not in known: _one_of("the metric", name, tuple(METRICS))
+    return known[name.lower()]
+
+def measure(name: str,     # a name in `METRICS`, in any case
             fused: Tensor, # (...,C,H,W), float in [0,1] or uint8
             ir: Tensor,
             vi: Tensor,
             convention: Convention = CONVENTIONS["caf_nb"],
 ) -> Tensor:               # (...)
     "One metric in one convention. Raises `CafError` on an unknown name and where the metric does."
-    _one_of("the metric", name, tuple(METRICS))
-    metric = METRICS[name]
+    metric = METRICS[name := find_metric(name)]
     settings = {**convention.model_dump(), "legacy_uint8": name in convention.legacy_uint8}
     wanted = {key: value for key, value in settings.items() if key in signature(metric.call).parameters}
     return metric.call(fused, *((ir, vi) if metric.sources else ()), **wanted)
@@ -539,8 +545,7 @@ def evaluate_fusion(ir: Images, # folder, or (B,C,H,W) float in [0,1] or uint8
                     progress: bool = True,                  # show a bar on stderr
 ) -> pd.DataFrame: # columns image, method, metric, value; NaN where an image could not be measured
     "Measure fused images. Raises `CafError` on unknown metrics and unfit folders; warns of images not measured."
-    methods, rows = _named(fused), []
-    for m in metrics: _one_of("the metric", m, tuple(METRICS))
+    methods, rows, metrics = _named(fused), [], [find_metric(m) for m in metrics]
     images = _common([ir, vi, *methods.values()])
     values_of = partial(_measured, metrics=metrics, convention=convention, target=find_device(device))
     with _one_thread_each() as cores, ThreadPoolExecutor(cores) as pool:

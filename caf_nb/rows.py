@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from .config import Profile
-from .core import CafError, environment, replacing
+from .core import CafError, UnknownName, environment, replacing
 from .fusion import find_weights
 from .losses import TERMS
 from .needs import Need, find_needs, require
@@ -195,7 +195,7 @@ def _find_row(name: str) -> Row:
     "The entry of a row. Raises `CafError` on an unknown name."
     if name in ROWS: return ROWS[name]
     remedy = f"Choose one of {', '.join(ROWS)}, or bring its pictures in fused_root"
-    raise CafError(f"there is no row {name!r}", remedy=remedy)
+    raise UnknownName(f"there is no row {name!r}", remedy=remedy)
 
 def row_style(name: str) -> Style:
     "How a row appears, also one without an entry."

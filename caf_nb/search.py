@@ -34,6 +34,7 @@ def _bar(term: Term, weight: float) -> str: # a row of a table; the line at 1/15
     return (f'<tr><td>{term.letter}</td><td style="text-align:left">{term.name}</td><td>{weight:.3f}</td>'
             f'<td style="text-align:left;width:300px;{style}">{mark}</td></tr>')
 
+# %% ../nbs/lib/21_search.ipynb #943c1a47
 @dataclass(frozen=True)
 class SearchResult:
     "The end of a search and the way there."

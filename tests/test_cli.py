@@ -1,5 +1,6 @@
 """caf-fuse from the outside: one sentence for every mistake, and nothing lost."""
 
+import json
 import os
 import shutil
 import signal
@@ -137,7 +138,7 @@ def test_several_methods(folder):
 def test_several_methods_refused(folder, changes, sentence):
     before = contents(folder)
     run = caf_fuse(folder, **changes)
-    assert run.exit_code == 1 and len(run.stderr.splitlines()) == 1 and sentence in run.stderr
+    assert run.exit_code == (2 if "no method" in sentence else 1) and len(run.stderr.splitlines()) == 1 and sentence in run.stderr
     assert contents(folder) == before
 
 
@@ -163,6 +164,14 @@ def test_demo(tmp_path, monkeypatch):
     assert len(list((tmp_path / "caf-fuse-demo/fused").iterdir())) == 4
     assert read_image(tmp_path / "caf-fuse-demo/sheet.png").shape == (3, 20 + 4 * 228, 3 * 228)
     assert CliRunner().invoke(fuse_app, ["--demo"]).stdout.startswith("4 of 4 pairs fused")
+
+
+def test_json(folder):
+    "One object on stdout, also where a pair fails."
+    truncated(folder)
+    run = caf_fuse(folder, "--json", method="mean", weights=None)
+    found = json.loads(run.stdout)["mean"]
+    assert (run.exit_code, len(found["fused"]), len(found["failures"])) == (1, 3, 1) and "1.png: cannot be decoded" in found["failures"][0]
 
 
 def test_a_file_without_partner_is_told(folder):
@@ -258,9 +267,7 @@ def renamed(folder):
     ("weights", lambda f: f / "ir/0.png", "0.png: is no checkpoint"),
     ("weights", other_network, "other.pth: the tensors do not fit the network: missing: "),
     ("weights", pickled_network, "module.pth: the checkpoint asks for caf_nb.fusion.FusionNet; only tensors come out"),
-    ("method", lambda f: "cfa", "there is no method 'cfa'. Choose one of caf, "),
     ("method", lambda f: "ir", "net.safetensors: method 'ir' has no weights"),
-    ("device", lambda f: "abacus", "device 'abacus' cannot be used here"),
 ])
 def test_refused_before_any_work(folder, option, value, sentence):
     changed = {option: value(folder)}
@@ -270,6 +277,15 @@ def test_refused_before_any_work(folder, option, value, sentence):
     run = caf_fuse(folder, **changed)
     assert run.exit_code == 1 and run.stdout == ""
     assert len(sentences(run)) == len(run.stderr.splitlines()) == 1 and sentence in sentences(run)[0]
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("option, value, sentence", [("method", "cfa", "there is no method 'cfa'. Choose one of caf, "),
+                                                     ("device", "abacus", "device 'abacus' cannot be used here")])
+def test_a_wrong_word_is_exit_code_2(folder, option, value, sentence):
+    before = contents(folder)
+    run = caf_fuse(folder, **{option: value})
+    assert (run.exit_code, run.stdout) == (2, "") and sentence in run.stderr and len(run.stderr.splitlines()) == 1
     assert contents(folder) == before
 
 

@@ -194,7 +194,8 @@ class PairFolder(LazySequence[Pair]):
     def _item(self, i: int) -> Pair: return self._pairs[i]
 
 # %% ../../nbs/lib/04_pictures.ipynb #c3c4a484
-_CLASS_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+_CLASS_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+                  (204, 121, 167))
 
 def marked(image: Tensor,               # (1,H,W) or RGB (3,H,W), uint8 or float in [0,1]
            boxes: Tensor | None = None, # (n,5) as in `Scene`
@@ -236,7 +237,8 @@ class Scene(NamedTuple):
     mask: Tensor  # (H,W) int64 class index
 
     def _repr_html_(self) -> str: # in a notebook: both pictures with their labels
-        return html_row({f"{self.stem}: infrared": marked(self.ir, self.boxes), "visible": marked(self.vi, self.boxes, self.mask)})
+        visible = marked(self.vi, self.boxes, self.mask)
+        return html_row({f"{self.stem}: infrared": marked(self.ir, self.boxes), "visible": visible})
 
 class Batch(NamedTuple):
     "Scenes of one size, stacked."

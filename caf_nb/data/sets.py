@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from ..core import CafError, replacing
+from ..core import CafError, UnknownName, replacing
 from caf_nb.data.pictures import (
     EXTENSIONS, LazySequence, M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, by_stem, read_pair,
 )
@@ -632,7 +632,7 @@ def where(dataset: str,     # a key of `READERS`
 ) -> type[Published]:       # with `title`, `page`, `licence`, `pairs` and `tree`
     "The reader of a data set. Raises `CafError` on any other name."
     if dataset in READERS: return READERS[dataset]
-    raise CafError(f"there is no data set {dataset!r}", remedy=f"Choose one of {', '.join(READERS)}")
+    raise UnknownName(f"there is no data set {dataset!r}", remedy=f"Choose one of {', '.join(READERS)}")
 
 def load_dataset(name: str,                            # a key of `READERS`
                  root: str | Path,                     # where the archive was unpacked

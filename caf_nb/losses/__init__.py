@@ -283,7 +283,8 @@ class LossSpace(_Inputs):
     def _repr_html_(self) -> str: # in a notebook: the terms
         row = "<tr><td>{0.letter}</td><td>{0.name}</td><td>{0.reference}</td><td>{0.formula}</td></tr>"
         rows = "".join(map(row.format, TERM_TABLE))
-        return f"<table><caption>variant {self.variant}, fixed terms times {self.variant.fixed:g}</caption>{rows}</table>"
+        title = f"variant {self.variant}, fixed terms times {self.variant.fixed:g}"
+        return f"<table><caption>{title}</caption>{rows}</table>"
 
 # %% ../../nbs/lib/11_losses.ipynb #88c879dc
 def forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor, # images: (1,1,H,W) in [0,1]

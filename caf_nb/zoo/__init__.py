@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import read_tensors
-from ..core import CafError
+from ..core import CafError, UnknownName
 
 # %% ../../nbs/zoo/index.ipynb #13a9a9f5
 class Objective(nn.Module):
@@ -86,7 +86,8 @@ METHODS: dict[str, str | Method] = {
 def find_method(name: str, # a name in `METHODS`, in any case
 ) -> Method:
     "The entry of a method. Raises `CafError` on an unknown name, with the known ones."
-    if name.lower() not in METHODS: raise CafError(f"there is no method {name!r}", remedy=f"Choose one of {', '.join(METHODS)}")
+    if name.lower() not in METHODS:
+        raise UnknownName(f"there is no method {name!r}", remedy=f"Choose one of {', '.join(METHODS)}")
     entry = METHODS[name.lower()]
     if isinstance(entry, Method): return entry
     module, _, attribute = entry.partition(":")
