@@ -169,7 +169,7 @@ def test_demo(tmp_path, monkeypatch):
 def test_json(folder):
     "One object on stdout, also where a pair fails."
     truncated(folder)
-    run = caf_fuse(folder, "--json", method="mean", weights=None)
+    run = caf_fuse(folder, json=True, method="mean", weights=None)
     found = json.loads(run.stdout)["mean"]
     assert (run.exit_code, len(found["fused"]), len(found["failures"])) == (1, 3, 1) and "1.png: cannot be decoded" in found["failures"][0]
 

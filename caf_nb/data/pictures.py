@@ -209,7 +209,8 @@ def marked(image: Tensor,               # (1,H,W) or RGB (3,H,W), uint8 or float
     picture = Image.fromarray(pixels.numpy())
     w, h = picture.size
     for index, x, y, wide, high in ([] if boxes is None else boxes.tolist()):
-        corners = ((x - wide / 2) * w, (y - high / 2) * h, (x + wide / 2) * w - 1, (y + high / 2) * h - 1)
+        left, top = (x - wide / 2) * w, (y - high / 2) * h
+        corners = left, top, left + max(wide * w - 1, 0), top + max(high * h - 1, 0)
         ImageDraw.Draw(picture).rectangle(corners, outline=_CLASS_COLOURS[int(index) % len(_CLASS_COLOURS)])
     return picture
 
