@@ -12,7 +12,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo report docs test types sync notebooks install clean
+.PHONY: demo report docs test test-all types sync notebooks install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -26,11 +26,12 @@ docs: install
 	sphinx-build -q -W --keep-going -c docs . out/docs/html
 	@echo "Open in a browser: file://$(CURDIR)/out/docs/html/docs/index.html"
 
-# One thread per process and one process per core: small tensors gain nothing from more threads.
-test: export OMP_NUM_THREADS := 1
-test: install sync types
+# `make test-all` adds the tests that repeat at length what a shorter one checks as well (CI, every week). One thread per process and one process per core: small tensors gain nothing from more threads.
+test test-all: export OMP_NUM_THREADS := 1
+test: picked := -m "not long"
+test test-all: install sync types
 	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims)'
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile $(picked)
 
 types: install
 	mypy caf_nb

@@ -19,10 +19,11 @@ import torch
 
 torch.set_num_threads(1)
 
-from caf_nb.config import DetectorSettings, FusionSettings, SegmenterSettings
+from caf_nb.config import DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings
 from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
 from caf_nb.fusion import FusionNet
-from caf_nb.losses import LossSpace
+from caf_nb.losses import LossSpace, RELEASED
+from caf_nb.search import search
 from caf_nb.synth import SynthScenes
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
 from caf_nb.train import caf_recipe, finetune_detector, finetune_segmenter, train_fusion, train_joint, write_yolo_folder
@@ -58,6 +59,14 @@ def joint(folder: Path) -> dict:
     history = train_joint(net, judge, LossSpace("paper"), torch.full((15,), 1 / 15), MASKED, FusionSettings(epochs=4, batch_size=4, lr=1e-3), seed=3, progress=False,
                           folder=folder / "state", save_every=1)
     return {"losses": history.losses, "net": net.state_dict(), "task": judge.net.state_dict()}
+
+
+def searched(folder: Path) -> dict:
+    "The bi-level optimisation, with a warm-up of the task network."
+    torch.manual_seed(0)
+    settings = SearchSettings(epochs=4, batch_size=2, lr_fusion=1e-3, warmup_task=3)
+    result = search(FusionNet(), Segmenter(MFNET_CLASSES), LossSpace(RELEASED), MASKED[:6], MASKED[6:], settings, progress=False, folder=folder / "state")
+    return {"losses": result.history.to_dict("records"), "alpha": result.alpha}
 
 
 def detector(folder: Path) -> dict:
@@ -108,14 +117,14 @@ def same(a, b) -> bool:
     return str(a) == str(b)  # nan is nan
 
 
-LIFE = {"fusion": (0.05, 0.6), "segmenter": (0.05, 0.6), "joint": (0.05, 0.6), "detector": (0.4, 1.2)}  # seconds to a kill, where the peaceful run has 1; half of the detector's goes by before its first epoch
+LIFE = {"fusion": (0.05, 0.6), "segmenter": (0.05, 0.6), "joint": (0.05, 0.6), "search": (0.05, 0.6), "detector": (0.4, 1.2)}  # seconds to a kill, where the peaceful run has 1; half of the detector's goes by before its first epoch
 
 
 def main(kind: str, root: Path, wanted: int) -> dict:
-    train, draw, kills, trainings = {"fusion": fusion, "segmenter": segmenter, "joint": joint, "detector": detector}[kind], random.Random(kind), 0, []
+    train, draw, kills, trainings = {"fusion": fusion, "segmenter": segmenter, "joint": joint, "search": searched, "detector": detector}[kind], random.Random(kind), 0, []
     if kind == "segmenter": import accelerate, torchmetrics.classification, transformers.models.segformer.modeling_segformer
     if kind == "fusion": import accelerate
-    if kind == "joint": import transformers.models.segformer.modeling_segformer
+    if kind in ("joint", "search"): import transformers.models.segformer.modeling_segformer
     if kind == "detector":
         for split in ("train", "test"):
             write_yolo_folder(root / "data", split, [s.vi for s in SCENES], [s.boxes for s in SCENES], [s.stem for s in SCENES], M3FD_CLASSES)

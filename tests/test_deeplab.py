@@ -218,6 +218,7 @@ def test_of_two_checkpoints_the_larger_network_is_taken(tmp_path):
     assert find_deeplab(tmp_path).name == "best_deeplabv3plus_resnet101_cityscapes_os16.pth"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_figure_4_with_a_checkpoint(checkpoint, tmp_path):
     model, file, _ = checkpoint

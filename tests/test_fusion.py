@@ -66,7 +66,7 @@ def test_official_pictures(shared, tmp_path):
 
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.parametrize("name, pairs", [("tno", 6), ("roadscene", 8), ("msrs", 3), ("llvip", 2)])
+@pytest.mark.parametrize("name, pairs", [("tno", 3), ("roadscene", 4), pytest.param("msrs", 3, marks=pytest.mark.long), pytest.param("llvip", 2, marks=pytest.mark.long)])
 def test_published_folders(shared, tmp_path, name, pairs):
     "Pairs spread over four data sets are fused: gray and colour, odd sizes, 8-bit PNG and JPEG."
     for kind in ("ir", "vi"):

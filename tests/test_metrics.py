@@ -286,6 +286,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_four_megapixels_in_a_gigabyte_and_a_half():
     "The paper's metrics for three methods of 2048x2048 pixels, in a process of its own."

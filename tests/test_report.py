@@ -70,7 +70,7 @@ def test_a_kernel_that_dies_is_told(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_report_stops_its_notebooks(tmp_path, how):
     "After a signal to the report alone, no process of it is left, kernels included."
     notebook(tmp_path / "nbs/table1.ipynb", GIVEN, (f"import os, time; open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid())); time.sleep(600)", []))

@@ -1,11 +1,5 @@
 """The search through the real task networks, killed and resumed, and against an independent computation."""
 
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from copy import deepcopy
 
 import pandas as pd
@@ -162,50 +156,3 @@ def test_a_state_of_something_else_is_refused(space, tmp_path):
     for wrong in (b"not a state", bytes(damaged)):
         file.write_bytes(wrong)
         with pytest.raises(CafError, match="is no state of a training"): run()
-
-
-PROGRAM = textwrap.dedent("""
-    import sys, torch
-    torch.set_num_threads(1)
-    from caf_nb.config import SearchSettings
-    from caf_nb.data import MFNET_CLASSES
-    from caf_nb.fusion import FusionNet
-    from caf_nb.losses import RELEASED, LossSpace
-    from caf_nb.search import search
-    from caf_nb.synth import SynthScenes
-    from caf_nb.tasks import Segmenter
-    scenes = SynthScenes(10, 32, seed=5, task="segmentation")[:]
-    torch.manual_seed(0)
-    settings = SearchSettings(epochs=4, batch_size=2, lr_fusion=1e-3, warmup_task=3)
-    print("ready", flush=True)
-    found = search(FusionNet(), Segmenter(MFNET_CLASSES), LossSpace(RELEASED), scenes[:6], scenes[6:], settings, progress=False, folder=sys.argv[1])
-    torch.save({"alpha": found.alpha}, sys.argv[1] + "/result.pt")
-    found.history.to_pickle(sys.argv[1] + "/history.pkl")
-""")
-
-
-def start(folder):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
-    "SIGKILL at random moments, again and again, until the search has come to its end."
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    begun = time.monotonic()
-    assert start(whole).wait() == 0
-    seconds, draw, kills = time.monotonic() - begun, random.Random(0), 0
-    def written(): return (killed / "search.pt").stat().st_mtime_ns if (killed / "search.pt").exists() else 0
-    while not (killed / "result.pt").exists():
-        process, before = start(killed), written()
-        while kills < 2 and written() == before and process.poll() is None: time.sleep(0.01)
-        if kills < 2:
-            time.sleep(draw.uniform(0, 0.1) * seconds)
-            process.kill()
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 1
-    assert torch.equal(torch.load(whole / "result.pt")["alpha"], torch.load(killed / "result.pt")["alpha"])
-    pd.testing.assert_frame_equal(pd.read_pickle(whole / "history.pkl"), pd.read_pickle(killed / "history.pkl"), check_exact=True)

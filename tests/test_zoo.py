@@ -123,7 +123,8 @@ def ends(losses):
     return sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
 
 
-SCENES = list(SynthScenes(2, 48, seed=0))
+SCENES = list(SynthScenes(2, 32, seed=0))
+LARGE = "defusion", "umfusion", "u2fusion"  # seconds a training: their own loss is tried in `make test`, the rest in `make test-all`
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if name != "caf"])
@@ -148,7 +149,7 @@ def space():
     return LossSpace("released")
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.long] * (name in LARGE)) for name in TRAINED])
 def test_trains_with_the_loss_of_the_paper(method, space):
     "Twenty steps with a beta in place of its own loss: what the paper calls X_p."
     torch.manual_seed(0)
@@ -159,7 +160,7 @@ def test_trains_with_the_loss_of_the_paper(method, space):
     assert len(losses) == 20 and np.isfinite(losses).all() and last < first, losses
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINED if name != "caf"])
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.long] * (name in LARGE)) for name in TRAINED if name != "caf"])
 def test_a_loss_is_searched_through_its_network(method):
     "One step of Algorithm 1 moves beta: the detector's loss reaches it through the network, whatever layers that has besides."
     data = Data(name="m3fd", settings=DataSettings(source="embedded", size=64, train=2, val=2, test=2))
