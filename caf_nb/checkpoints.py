@@ -235,8 +235,10 @@ def read_checkpoint(path: str | Path,
 
 # %% ../nbs/lib/02_checkpoints.ipynb #69dfaa97
 def read_tensors(path: str | Path, classes: Sequence[str] = ()) -> dict[str, Tensor]:
-    "The tensors of `read_checkpoint`."
-    return read_checkpoint(path, classes).tensors
+    "The tensors of `read_checkpoint`, without the `module.` that training on several cards puts before all names."
+    tensors = read_checkpoint(path, classes).tensors
+    wrapped = all("module." in name for name in tensors)
+    return {name.replace("module.", "", 1): t for name, t in tensors.items()} if wrapped else tensors
 
 NUMPY_NAMES = tuple(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
                     for name in ("scalar", "_reconstruct")) + (

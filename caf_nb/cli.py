@@ -6,16 +6,19 @@
 __all__ = ['fuse_app', 'eval_app', 'search_app', 'report_app', 'data_app', 'caf_fuse', 'caf_eval', 'caf_data']
 
 # %% ../nbs/lib/45_cli.ipynb #c5089738
+import io
 import json
 import os
+import re
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -29,13 +32,29 @@ def _say(program: str, sentence: object) -> None:
     tqdm.write(f"{program}: {line}", file=sys.stderr) # moves a progress bar out of the way
 
 @contextmanager
+def _warnings_as_text(program: str) -> Iterator[None]:
+    "Inside the block a warning becomes a sentence; of those that differ in file and numbers only, the first."
+    seen: Counter[str] = Counter()
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        kind = re.sub(r"[\d.]+", "#", str(message).partition(": ")[2] or str(message))
+        seen[kind] += 1
+        if seen[kind] == 1: _say(program, message)
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+    for kind, n in seen.items():
+        if n > 1: _say(program, f"and {n - 1} more files: {kind}")
+
+# %% ../nbs/lib/45_cli.ipynb #0a002580
+@contextmanager
 def _errors_as_text(program: str, # its name, before every sentence
 ) -> Iterator[None]:
     """Inside the block a `CafError` becomes one sentence on stderr and exit code 1, a name that does not exist exit
     code 2, and a warning one sentence."""
     from caf_nb.core import CafError, UnknownName
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _say(program, message)
+    for stream in (sys.stdout, sys.stderr): # a name may hold what the terminal has no letters for
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
+    with _warnings_as_text(program):
         try: yield
         except CafError as error:
             _say(program, error)
@@ -62,14 +81,21 @@ _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of sentences.")]
 
 # %% ../nbs/lib/45_cli.ipynb #be92d4de
-_Fused = tuple[Path, Path, Path, bool, bool] # ir, vi, out; colour, overwrite
+class _Fused(NamedTuple):
+    "What `fuse_folder` is given."
+    ir: Path
+    vi: Path
+    out: Path
+    color: bool
+    overwrite: bool
+    max_pixels: int | None
+    ir_range: str
 
 def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused, tell: Any) -> Any: # FolderResult
     "Fuse with one method, and say what came of it and whose weights these are."
     from caf_nb.fusion import bundled, fuse_folder
     from caf_nb.zoo import find_method
-    ir, vi, out, color, overwrite = files
-    result, entry = fuse_folder(net, ir, vi, out, color, overwrite=overwrite), find_method(method)
+    result, entry, out = fuse_folder(net, **files._asdict()), find_method(method), files.out
     for file in result.unmatched: _say("caf-fuse", f"{file}: has no partner and was left out.")
     for error in result.failures: _say("caf-fuse", error)
     n, time = len(result.done), f"{result.seconds:.1f} s ({len(result.done) / result.seconds:.2f} pairs/s)"
@@ -94,14 +120,14 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
     from caf_nb.core import CafError
     from caf_nb.fusion import contact_sheet, find_weights, load_fusion
     from caf_nb.zoo import find_method
-    ir, vi, out, color, overwrite = files
+    out = files.out
     several, titles = len(methods) > 1, {method: find_method(method).title for method in methods}
     if several and out.suffix.lower() == ".png": raise CafError("is one file for several methods", out, "Give a folder")
     if several and weights and not weights.is_dir():
         raise CafError("several methods need a folder of weights", weights, "Name one with METHOD.safetensors in it")
     found = {m: find_weights(weights, m) if several and weights else weights for m in methods}
     nets = {m: load_fusion(m, found[m], device) for m in methods}
-    results = {m: _fuse_with(net, m, found[m], (ir, vi, out/m if several else out, color, overwrite), tell)
+    results = {m: _fuse_with(net, m, found[m], files._replace(out=out/m if several else out), tell)
                for m, net in nets.items()}
     pairs = [p for p in results[methods[0]].targets if all(r.targets[p].is_file() for r in results.values())][:6]
     if pairs and (several or sheet):
@@ -133,6 +159,8 @@ _fuse_out = "Folder for the results, STEM.png, made if it is absent; or FILE.png
 _fuse_method = "Names with commas, each gets a folder; `ir` and `vi` pass a source through; a wrong name lists all."
 _fuse_weights = "Our .safetensors or the authors' file; a folder for several methods. Default: those in the package."
 _fuse_demo = "Fuse four synthetic pairs into a folder (caf-fuse-demo, or --out) and make a sheet of them."
+_fuse_pixels = "Pixels of the largest picture to read. Default: 25,000,000, or the variable CAF_NB_MAX_PIXELS."
+_fuse_range = "Infrared values that become black and white: full, percentile (one for the folder), or MIN,MAX."
 
 @fuse_app.command()
 def caf_fuse(
@@ -144,6 +172,8 @@ def caf_fuse(
     color: Annotated[bool, typer.Option("--color/--gray", help="Colour where the visible image has it.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help=_fuse_demo)] = False,
+    max_pixels: Annotated[int | None, typer.Option(min=1, show_default=False, help=_fuse_pixels)] = None,
+    ir_range: Annotated[str, typer.Option(metavar="RANGE", help=_fuse_range)] = "full",
     device: _Device = "auto",
     as_json: _Json = False,
     version: _Version = False,
@@ -158,8 +188,8 @@ def caf_fuse(
             if given is None: raise typer.BadParameter("it is missing; or try --demo", param_hint=f"'{name}'")
         assert ir and vi and out
         methods = list(dict.fromkeys(m.strip().lower() for m in method.split(",") if m.strip()))
-        files, tell = (ir, vi, out, color, overwrite or demo), None if as_json else typer.echo
-        results = _fuse_methods(methods or ["caf"], weights, device, files, demo, tell)
+        files = _Fused(ir, vi, out, color, overwrite or demo, max_pixels, ir_range)
+        results = _fuse_methods(methods or ["caf"], weights, device, files, demo, None if as_json else typer.echo)
         if as_json: _answer(True, _fused_facts(results), "")
         if any(result.failures for result in results.values()): raise typer.Exit(1)
 
@@ -402,6 +432,7 @@ def _prepare(
     blocks: Annotated[int, typer.Option(min=1, help="Training blocks to draw.")] = 1000,
     size: Annotated[int, typer.Option(min=16, help="Side of a block, in pixels.")] = 128,
     names: _Names = "",
+    leave_out: Annotated[bool, typer.Option("--leave-out", help="Do without pairs that are wrong.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Write what a stage needs: the split, the training blocks, folders for the detector.
@@ -410,7 +441,7 @@ def _prepare(
     """
     with _errors_as_text("caf-data"):
         from caf_nb.data import prepare
-        made = prepare(dataset, root, out, seed, ratio, blocks, size, _listed(names))
+        made = prepare(dataset, root, out, seed, ratio, blocks, size, _listed(names), leave_out=leave_out)
         parts = ", ".join(f"{part} {n:,}" for part, n in sorted(made.parts.items()))
         lines = [f"split   {made.split}: {parts}"] * bool(made.split)
         lines += [f"blocks  {made.blocks}: {blocks:,} of {size}x{size} pixels"]

@@ -8,6 +8,7 @@ __all__ = ['CAF', 'INFRARED', 'VISIBLE', 'MEAN', 'FusionNet', 'to_official', 'fr
 
 # %% ../nbs/lib/18_fusion.ipynb #c48e533b
 import json
+import math
 import re
 import tempfile
 import time
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from .checkpoints import load_tensors, read_tensors, renamed, verified
 from .core import CafError, device as find_device, replacing
+from .data.pictures import Levels, percentile_levels
 from caf_nb.data import (
     Pair, PairFolder, html_row, luma, marked, read_image, read_pair, recolor, recolor_uint8, to_uint8, write_png,
 )
@@ -247,9 +249,10 @@ def _pixels(image: Image.Image | np.ndarray, name: str) -> Tensor: # (C,H,W)
 
 # %% ../nbs/lib/18_fusion.ipynb #fc7f96be
 def _as_tensor(image: _Picture, name: str, # for the message
+               max_pixels: int | None = None, # of a file
 ) -> tuple[Tensor, torch.dtype]:           # float (...,1,H,W) or (...,3,H,W) in [0,1], and the type of its pixels
     "A picture of any kind as a tensor. Raises `CafError` if it is none, or in no known scale."
-    if isinstance(image, str | Path): return read_image(image), torch.uint8
+    if isinstance(image, str | Path): return read_image(image, max_pixels), torch.uint8
     if isinstance(image, Image.Image | np.ndarray): image = _pixels(image, name)
     if not isinstance(image, Tensor):
         raise CafError(f"{name} is of type {type(image).__name__}", remedy="Give a path, a picture or a tensor")
@@ -279,19 +282,20 @@ def _as_kind(picture: Tensor, like: _Picture) -> Image.Image | np.ndarray | Tens
 
 # %% ../nbs/lib/18_fusion.ipynb #d2303554
 @overload
-def fuse(net: nn.Module, ir: _Picture, vi: str | Path, color: bool = ...) -> Image.Image: ...
+def fuse(net: nn.Module, ir: _Picture, vi: str | Path, color: bool = ..., max_pixels: int | None = ...) -> Image.Image: ...
 @overload
-def fuse(net: nn.Module, ir: _Picture, vi: _Kind, color: bool = ...) -> _Kind: ...
+def fuse(net: nn.Module, ir: _Picture, vi: _Kind, color: bool = ..., max_pixels: int | None = ...) -> _Kind: ...
 
 def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
          # path, PIL image, array (H,W) or (H,W,3), tensor (H,W), (C,H,W) or (B,C,H,W); 8 or 16 bits or float in [0,1]
          ir: _Picture,
          vi: _Picture,   # likewise, aligned with `ir`
          color: bool = True, # put the chroma of `vi` back, where it has three channels
+         max_pixels: int | None = None, # of the largest file; None: 25,000,000, or CAF_NB_MAX_PIXELS
 ):                       # as `vi` is: kind, pixel type and device; a PIL image for a path
     """Fuse a pair or a batch, without gradients. Raises `CafError` on input (or a network) that cannot give a fused
     picture."""
-    (ir_image, _), (vi_image, dtype) = _as_tensor(ir, "ir"), _as_tensor(vi, "vi")
+    (ir_image, _), (vi_image, dtype) = _as_tensor(ir, "ir", max_pixels), _as_tensor(vi, "vi", max_pixels)
     ir_gray, vi_gray = luma(ir_image), luma(vi_image)
     if ir_gray.shape != vi_gray.shape:
         raise CafError(f"ir has shape {tuple(ir_gray.shape)} and vi {tuple(vi_gray.shape)}; a pair must be aligned",
@@ -385,11 +389,12 @@ def _small(picture: str | Path, side: int = 256) -> Image.Image:
     return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
 
 # %% ../nbs/lib/18_fusion.ipynb #42116caf
-def _read_ahead(pool: ThreadPoolExecutor, pairs: Sequence[Pair], depth: int = 2) -> Iterator[tuple[Pair, Future]]:
+def _read_ahead(pool: ThreadPoolExecutor, pairs: Sequence[Pair], depth: int = 2, **options: Any # of `read_pair`
+) -> Iterator[tuple[Pair, Future]]:
     "Each pair with the future of its two images; `depth` reads are under way before the caller needs them."
     waiting: deque = deque()
     for pair in pairs:
-        waiting.append((pair, pool.submit(read_pair, pair.ir, pair.vi)))
+        waiting.append((pair, pool.submit(read_pair, pair.ir, pair.vi, **options)))
         if len(waiting) > depth: yield waiting.popleft()
     yield from waiting
 
@@ -401,6 +406,16 @@ def _failure(error: Exception, pair: Pair) -> CafError:
     first = (str(error).splitlines() or ["no reason given"])[0]
     return CafError(f"could not be fused ({type(error).__name__}: {first})", pair.ir)
 
+# %% ../nbs/lib/18_fusion.ipynb #78f4e0da
+def _levels(ir_range: str | Levels, files: Sequence[Path], max_pixels: int | None) -> Levels | None:
+    "The infrared values that become 0 and 1, the same for all files. Raises `CafError` if they are none."
+    if ir_range == "full": return None
+    if ir_range == "percentile": return percentile_levels(files, max_pixels)
+    try: low, high = map(float, ir_range.split(",") if isinstance(ir_range, str) else ir_range)
+    except ValueError: low = high = 0
+    if low < high and math.isfinite(high - low): return low, high
+    raise CafError(f"the infrared range is {ir_range!r}", remedy="Give full, percentile, or two values: MIN,MAX")
+
 # %% ../nbs/lib/18_fusion.ipynb #3cd9dddb
 def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 ir: str | Path,        # folder (or one file)
@@ -409,12 +424,16 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 color: bool = True,    # put the chroma of `vi` back, where it has any
                 progress: bool = True, # show a bar on stderr
                 overwrite: bool = True, # else pairs whose result is there are skipped
+                max_pixels: int | None = None, # of the largest picture; None: 25,000,000, or CAF_NB_MAX_PIXELS
+                # of the infrared values: "full" scale, "percentile" of the folder, or the two that become 0 and 1
+                ir_range: str | Levels = "full",
 ) -> FolderResult:
     """Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the
     `failures`."""
     start, out = time.perf_counter(), Path(out)
     pairs, unmatched = _find_pairs(Path(ir), Path(vi))
     targets = _targets(out, pairs)
+    levels = _levels(ir_range, [pair.ir for pair in pairs], max_pixels)
     _warn_if_swapped(pairs[0])
     skipped = [target for target in targets.values() if target.exists() and not overwrite]
     there = set(skipped)
@@ -430,7 +449,8 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
 
     pool = ThreadPoolExecutor(2)
     try:
-        for pair, reading in tqdm(_read_ahead(pool, pairs), "fuse", len(pairs), unit="pair", disable=not progress):
+        ahead = _read_ahead(pool, pairs, max_pixels=max_pixels, levels=levels)
+        for pair, reading in tqdm(ahead, "fuse", len(pairs), unit="pair", disable=not progress):
             try:
                 ir_image, vi_image = reading.result()
                 with torch.inference_mode(): fused = fuse(net, ir_image, luma(vi_image))

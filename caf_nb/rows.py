@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from tqdm import tqdm
 
 from .config import Profile
@@ -64,6 +64,11 @@ class _Shared(BaseModel):
     trained: tuple[str, ...] = ()   # methods that are trained here with their own loss if they have no weights
     cache: str = "out/cache"        # where the stages keep their results
     cluster: str | None = None      # exca's: None (in this process), "local", "slurm"
+
+    @field_validator("data_root", "weights_root", "fused_root", mode="before")
+    @classmethod
+    def _text(cls, folder: Any) -> str: # a notebook may be given None, or a folder called 2024
+        return "" if folder is None else str(folder)
 
     @property
     def infra(self) -> Any: return {"folder": str(Path(self.cache).resolve()), "cluster": self.cluster}

@@ -110,10 +110,10 @@ def test_a_class_that_the_set_does_not_have_stops_the_reader(tree):
     with pytest.raises(CafError, match="'Pedestrian2', which m3fd does not have"): M3FD(root)[0]
 
 
-def test_boxes_are_cut_at_the_border(tree):
+def test_boxes_beyond_the_border_are_refused(tree):
     root = tree("m3fd")
     write(root / "Annotation/00000.xml", voc([("Car", -6, 12, 6.4, 60), ("Car", 70, 1, 80, 9)]))
-    assert torch.allclose(M3FD(root)[0].boxes, torch.tensor([[1, 0.05, 0.625, 0.1, 0.75]]))
+    with pytest.raises(CafError, match=r"00000\.xml: is wrong \(outside: Car -6,12 to 6,60 in 64x48\)"): M3FD(root)[0]
 
 
 def test_mfnet_parts_masks_and_the_fourth_channel(trees):

@@ -8,7 +8,8 @@ __all__ = ['Batch', 'EXTENSIONS', 'LazySequence', 'M3FD_CLASSES', 'MFNET_CLASSES
            'recolor_uint8', 'rgb_to_ycbcr', 'to_uint8', 'write_png', 'ycbcr_to_rgb', 'DISJOINT', 'Item', 'M3FD',
            'MFNet', 'MSRS', 'Multispectral', 'NOTES', 'Published', 'READERS', 'RoadScene', 'SPLIT_VERSION', 'Split',
            'TNO', 'load_dataset', 'read_split', 'where', 'write_split', 'Blocks', 'Checked', 'blocks', 'check', 'deal',
-           'find_scenes', 'make_split', 'prepare', 'read_blocks']
+           'find_scenes', 'make_split', 'prepare', 'read_blocks', 'box_fault', 'listed_names', 'read_mask', 'read_yaml',
+           'read_yolo']
 
 # %% ../../nbs/lib/07_data.ipynb #6ecf67b7
 from caf_nb.data.pictures import (
@@ -18,7 +19,7 @@ from caf_nb.data.pictures import (
 )
 from caf_nb.data.sets import (
     DISJOINT, Item, M3FD, MFNet, MSRS, Multispectral, NOTES, Published, READERS, RoadScene, SPLIT_VERSION, Split,
-    TNO, load_dataset, read_split, where, write_split,
+    TNO, box_fault, listed_names, load_dataset, read_mask, read_split, read_yaml, read_yolo, where, write_split,
 )
 from caf_nb.data.archives import (
     Blocks, Checked, blocks, check, deal, find_scenes, make_split, prepare, read_blocks,
@@ -31,5 +32,5 @@ _all_ = [
     "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "Split", "TNO", "load_dataset",
     "read_split", "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_split",
-    "prepare", "read_blocks",
+    "prepare", "read_blocks", "box_fault", "listed_names", "read_mask", "read_yaml", "read_yolo",
 ]

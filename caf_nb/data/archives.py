@@ -27,10 +27,10 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.contrib.concurrent import thread_map
 
 from ..core import CafError
-from .pictures import LazySequence, Scene
+from .pictures import LazySequence, Scene, image_size, is_plain, png, read_image, read_pixels
 from caf_nb.data.sets import (
-    DISJOINT, Finding, Item, Member, NOTES, Published, Split, box_rows, class_number, decoding, image_size, label_text,
-    natural_order, quoted, read_mask, read_pixels, read_split, unnamed, where, write_file, write_split, written_boxes,
+    DISJOINT, Finding, Item, Member, NOTES, Published, Split, box_facts, box_rows, label_text, natural_order, quoted,
+    read_mask, read_split, unnamed, where, write_file, write_split,
 )
 
 # %% ../../nbs/lib/06_archives.ipynb #c112508b
@@ -38,10 +38,9 @@ def _thumbnail(item: Item) -> np.ndarray:
     "Both images as 16x16 pixels without mean, together of length one: (512,). Raises `CafError` if one is unreadable."
     halves = []
     for path in (item.vi, item.ir):
-        image_size(path)
-        with decoding(path): gray = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-        if gray is None: raise CafError("is not an image", path, "See what is wrong with: caf-data check")
-        small = cv2.resize(gray.astype(np.float32), (16, 16), interpolation=cv2.INTER_AREA).ravel()
+        pixels = np.atleast_3d(read_pixels(path)).astype(np.float32)
+        gray = cv2.cvtColor(pixels[..., :3], cv2.COLOR_RGB2GRAY) if pixels.shape[2] > 2 else pixels[..., 0]
+        small = cv2.resize(gray, (16, 16), interpolation=cv2.INTER_AREA).ravel()
         small -= small.mean()
         halves.append(small / np.maximum(np.linalg.norm(small), 1e-6))
     return np.concatenate(halves) / math.sqrt(2)
@@ -183,34 +182,12 @@ def _pair_facts(item: Item, ir: np.ndarray, vi: np.ndarray) -> Iterator[Finding]
     rims = [side for p in (_channels(ir), _channels(vi)) for side in (p[0], p[-1], p[:, 0], p[:, -1])]
     if not all(side.any() for side in rims): yield Finding("black border", item.vi, "")
 
-# %% ../../nbs/lib/06_archives.ipynb #06f049c2
-def _box_facts(published: Published, item: Item, label: Path, size: tuple[int, int]) -> Iterator[Finding]:
-    "The classes of the boxes of an item, and what is wrong with them."
-    try: boxes, stated = written_boxes(published, item, size)
-    except CafError as error:
-        yield Finding("bad label", label, error.cause)
-        return
-    if not boxes: yield Finding("no boxes", label, "")
-    if stated and stated != size:
-        yield Finding("label size", label, "states {}x{}, the image is {}x{}".format(*stated, *size))
-    for name, *corners in boxes:
-        try: number = None if unnamed(published, item) else class_number(published, name)
-        except KeyError:
-            yield Finding("unknown class", label, quoted(name))
-            continue
-        if number is not None or unnamed(published, item):
-            yield Finding("class", label, name if number is None else published.classes[number])
-        box = "{} {:.0f},{:.0f} to {:.0f},{:.0f}".format(name, *(v * side for v, side in zip(corners, (*size, *size))))
-        if corners[2] <= corners[0] or corners[3] <= corners[1]: yield Finding("empty box", label, box)
-        elif min(corners) < -1e-6 or max(corners) > 1 + 1e-6:
-            yield Finding("outside", label, f"{box} in {size[0]}x{size[1]}")
-
 # %% ../../nbs/lib/06_archives.ipynb #e289108f
 def _mask_facts(published: Published, item: Item, path: Path, size: tuple[int, int] | None) -> Iterator[Finding]:
     "The classes that a mask shows, and what is wrong with it."
     try: mask, classes = read_mask(path, 256), published.mask_classes
     except CafError as error:
-        yield Finding("unreadable" if "image (" in error.cause else "bad label", path, error.cause)
+        yield Finding("bad label" if "class" in error.cause else "unreadable", path, error.cause)
         return
     for k in mask.unique().tolist():
         known = k < len(classes)
@@ -234,7 +211,7 @@ def _facts(published: Published, item: Item) -> Iterator[Finding]:
         pictures = [four[..., 3], four[..., :3]] if four.shape[2] == 4 else []
     if len(pictures) == 2: yield from _pair_facts(item, *pictures)
     if unnamed(published, item): yield Finding("unnamed classes", item.vi, "")
-    if item.boxes and size: yield from _box_facts(published, item, item.boxes, size)
+    if item.boxes and size: yield from box_facts(published, item, size)
     if item.mask: yield from _mask_facts(published, item, item.mask, size)
 
 # %% ../../nbs/lib/06_archives.ipynb #d47d6924
@@ -322,18 +299,39 @@ def _prepared_split(published: Published, file: Path, seed: int, ratio: Ratio, p
         raise CafError("does not list the images of this archive", file, remedy)
     return split
 
+def _copy(source: Path, target: Path) -> None: # `target`: without extension
+    "Copy a picture that every reader shows alike; another becomes an upright PNG of 8 bits."
+    if is_plain(source): write_file(target.with_name(target.name + source.suffix.lower()), source)
+    else: write_file(target.with_name(f"{target.name}.png"), png(read_image(source)))
+
 def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, progress: bool) -> Path:
     "Images of one camera and labels, in the layout of ultralytics; returns its data.yaml."
     part_of = {m.stem: m.part for m in split.members}
     def write(item: Item) -> None:
-        rows, source, part = box_rows(published, item, image_size(item.vi)), getattr(item, camera), part_of[item.stem]
-        write_file(folder/"images"/part/f"{item.stem}{source.suffix.lower()}", source)
+        rows, part = box_rows(published, item, image_size(item.vi)), part_of[item.stem]
+        _copy(getattr(item, camera), folder/"images"/part/item.stem)
         text = "".join(f"{int(k)} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for k, cx, cy, w, h in rows.tolist())
         write_file(folder/"labels"/part/f"{item.stem}.txt", text)
     thread_map(write, published.items, desc=f"copying {camera}", disable=not progress)
     parts = "".join(f"{part}: images/{part}\n" for part in DISJOINT if part in part_of.values())
     write_file(folder/"data.yaml", f"{parts}names: {json.dumps(published.classes)}\n")
     return folder/"data.yaml"
+
+# %% ../../nbs/lib/06_archives.ipynb #779332d7
+def _judge(published: Published, leave_out: bool, progress: bool) -> int: # pairs left out
+    "Keep the pairs with which nothing is wrong. Raises `CafError` if there are others, unless they may be left out."
+    def wrong(item: Item) -> Finding | None:
+        return next((f for f in _facts(published, item) if f.kind not in ("size", "class", *NOTES)), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = thread_map(wrong, published.items, desc="checking", disable=not progress)
+    bad = [f for f in found if f is not None]
+    if bad and (len(bad) == len(found) or not leave_out):
+        cause = (f"has {len(bad)} wrong of {len(found)} pairs, such as {_shown(bad[0].file, published.root)} "
+                 f"({bad[0].kind}: {bad[0].detail})")
+        raise CafError(cause, published.root, "See all with caf-data check; --leave-out makes do without them")
+    published.items = [item for item, f in zip(published.items, found) if f is None]
+    return len(bad)
 
 # %% ../../nbs/lib/06_archives.ipynb #2992a568
 class Prepared(NamedTuple):
@@ -342,7 +340,7 @@ class Prepared(NamedTuple):
     blocks: Path
     yolo: dict[str, Path]          # camera -> data.yaml; empty for sets without boxes
     parts: dict[str, int]          # images of each part
-    left_out: int                  # files that `check` reports as wrong
+    left_out: int                  # pairs and files that `check` reports as wrong
 
 def prepare(dataset: str,                 # a key of `READERS`
             root: str | Path,             # where the archive was unpacked; nothing is written there
@@ -353,6 +351,7 @@ def prepare(dataset: str,                 # a key of `READERS`
             size: int = 128,              # side of a block, in pixels
             names: Sequence[str] | None = None, # of numbered classes, in the order of their numbers
             progress: bool = True,
+            leave_out: bool = False,      # pairs with which something is wrong; else they are an error
 ) -> Prepared:
     "Write split, blocks and YOLO folders. Raises `CafError` on broken archives and if `out` holds another split."
     reader, out, file = where(dataset), Path(out), None
@@ -360,6 +359,7 @@ def prepare(dataset: str,                 # a key of `READERS`
     if torn := next((f for f in published.findings if f.kind in ("split overlap", "scene torn")), None):
         raise CafError(f"has images in two parts ({_shown(torn.file, Path(root))}: {torn.detail})", root,
                        f"List them with: caf-data check ROOT --dataset {dataset}")
+    left_out = _judge(published, leave_out, progress)
     yolo, parts = dict[str, Path](), Counter[str]()
     if published.classes:
         file = out/"split"/f"{dataset}.txt"
@@ -371,4 +371,4 @@ def prepare(dataset: str,                 # a key of `READERS`
         yolo = {camera: _yolo_folder(published, split, camera, out/"yolo"/dataset/camera, progress)
                 for camera in ("ir", "vi")}
     wrong = sum(f.kind not in NOTES for f in published.findings)
-    return Prepared(file, out/"blocks"/f"{dataset}.csv", yolo, dict(parts), wrong)
+    return Prepared(file, out/"blocks"/f"{dataset}.csv", yolo, dict(parts), wrong + left_out)

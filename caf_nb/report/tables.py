@@ -143,20 +143,20 @@ def _project() -> Path:
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p/"settings.ini").is_file()), here)
 
-def output_folder(out: str | Path, # "" for out/<profile> or results/<profile> in the project of the current folder
+def output_folder(out: str | Path | None, # None or "" for out/<profile> or results/<profile> in the project of the current folder
                   profile: Profile,
 ) -> Path:
     "The folder for results, made if need be. Raises `CafError` if it cannot be made."
-    folder = Path(out) if str(out) else _project()/profile.home/profile.name
+    folder = Path(str(out)) if out not in (None, "") else _project()/profile.home/profile.name
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CafError(f"cannot be made ({error.strerror})", folder, "Choose another folder") from None
     return folder.resolve()
 
-def cache_folder(out: str | Path, # as for `output_folder`
+def cache_folder(out: str | Path | None, # as for `output_folder`
 ) -> Path:
     "The folder where stages keep their results."
-    return (Path(out).resolve().parent if str(out) else _project()/"out")/"cache"
+    return (Path(str(out)).resolve().parent if out not in (None, "") else _project()/"out")/"cache"
 
 # %% ../../nbs/lib/33_tables.ipynb #33a00009
 def save_results(folder: Path,             # of `output_folder`
@@ -172,11 +172,11 @@ def save_results(folder: Path,             # of `output_folder`
     return folder/f"{name}.csv"
 
 # %% ../../nbs/lib/33_tables.ipynb #33a00011
-def listed(text: str | Sequence[str],     # names with commas, as a command line gives them, or a list
+def listed(text: object,                  # names with commas, as a command line gives them, or a list; None: none
            default: Sequence[str] = (),   # for none
 ) -> list[str]:
     "The names one by one."
-    names = text.split(",") if isinstance(text, str) else text
+    names = map(str, text) if isinstance(text, (list, tuple)) else str("" if text is None else text).split(",")
     return [name.strip() for name in names if name.strip()] or list(default)
 
 # %% ../../nbs/lib/33_tables.ipynb #glance02

@@ -127,7 +127,8 @@ class Segmenter(nn.Module):
     ) -> Tensor:                   # scalar
         "Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes and unknown classes."
         check_masks(images, targets, self.classes, self.ignore)
-        return self.net(pixel_values=(images - self.mean) / self.std, labels=targets.to(images.device)).loss
+        found = self.net(pixel_values=(images - self.mean) / self.std, labels=targets.to(images.device))
+        return found.loss if (targets != self.ignore).any() else 0 * found.logits.sum()  # nothing labelled, no loss
 
     def targets(self, batch: Batch) -> Tensor:
         "The class masks, which are what `loss` reads of a labelled batch."

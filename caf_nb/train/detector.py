@@ -19,13 +19,12 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import DetectorSettings
 from ..core import CafError, device as find_device, replacing
-from ..data import EXTENSIONS, write_png
+from ..data import EXTENSIONS, box_fault, listed_names, read_yaml, read_yolo, write_png
 from ..loop import Log, account, fingerprint, generator_states, read_state, set_generators, write_state, writing_folder
 from ..tasks import Detector, contained_ultralytics
 
@@ -87,13 +86,12 @@ def _split_folder(data: str | Path, split: str, classes: Sequence[str]) -> Path:
     "The folder with the images of a split. Raises `CafError` if it is not listed, or if its classes are not `classes`."
     data = Path(data)
     if not data.is_file(): raise CafError("there is no such file", data, "Write the folder with write_yolo_folder")
-    listed = yaml.safe_load(data.read_text())
-    names = listed.get("names", [])
-    names = list(names.values()) if isinstance(names, dict) else names
-    if names != list(classes):
-        cause = f"lists the classes {', '.join(map(str, names))}, but the detector knows {', '.join(classes)}"
+    names, listed = listed_names(data), read_yaml(data)
+    if names != tuple(classes):
+        cause = f"lists the classes {', '.join(names)}, but the detector knows {', '.join(classes)}"
         raise CafError(cause, data, "Use one list for both")
-    if split not in listed: raise CafError(f"lists no split {split}", data, "Write it with write_yolo_folder")
+    if not isinstance(listed.get(split), str):
+        raise CafError(f"lists no split {split}", data, "Write it with write_yolo_folder")
     return data.parent/listed[split]
 
 # %% ../../nbs/lib/23_detector_training.ipynb #38797a28
@@ -105,12 +103,15 @@ def _check_split(data: Path, split: str, classes: Sequence[str]) -> None:
     if not stems: raise CafError("the folder holds no image", pictures, "Check the path")
     files = [file for stem in stems if (file := labels/f"{stem}.txt").is_file()]
     if not files: raise CafError("the images have no labels", pictures, f"Put label files into {labels}")
-    indices = [(line.split()[0], file) for file in files for line in file.read_text().splitlines() if line.strip()]
-    if not indices: raise CafError(f"no image of split {split} has a box", labels, "Check the labels")
-    for index, file in indices:
-        if not index.isdecimal() or int(index) >= len(classes):
-            raise CafError(f"class index {index}, but there are {len(classes)} classes", file,
+    boxes = [(box, file) for file in files for box in read_yolo(file, range(len(classes)))]
+    if not boxes: raise CafError(f"no image of split {split} has a box", labels, "Check the labels")
+    for (kind, *corners), file in boxes:
+        if not isinstance(kind, int):
+            raise CafError(f"class index {kind.removeprefix('class ')}, but there are {len(classes)} classes", file,
                            "Map the labels by class name")
+        if fault := box_fault(corners):
+            raise CafError(f"has a box that is wrong ({fault}: {', '.join(f'{c:.4g}' for c in corners)})", file,
+                           "Give class, centre x, centre y, width and height, relative to the image")
 
 # %% ../../nbs/lib/23_detector_training.ipynb #cf07e1fb
 class DetectionScores(NamedTuple):

@@ -113,11 +113,23 @@ class _Stage:
         return over or stalled(self.losses, self.order.steps, patience)
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #397d48b7
+def _crops(scenes: Sequence[Scene], side: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    "ir and vi (B,1,H,W), cut before they are stacked if their sizes differ."
+    if len({scene.ir.shape for scene in scenes}) == 1 or side is None:
+        batch = collate(scenes)
+        return _cropped(batch.ir, luma(batch.vi), side, generator)
+    pairs = [_cropped(scene.ir[None], luma(scene.vi)[None], side, generator) for scene in scenes]
+    if any(ir.shape[-2:] != (side, side) for ir, _ in pairs):
+        raise CafError(f"a scene is smaller than the crop of {side} pixels, and their sizes differ",
+                       remedy="Choose a smaller crop")
+    return torch.cat([ir for ir, _ in pairs]), torch.cat([vi for _, vi in pairs])
+
+# %% ../../nbs/lib/22_fusion_training.ipynb #23843ffe
 def _step(stage: _Stage, scenes: Sequence[Scene]) -> float: # the loss
     "One step on the next batch."
     steps, engine = stage.order.steps, stage.engine
-    batch = collate([scenes[i] for i in next(stage.order)]).to(engine.where)
-    ir, vi = _cropped(batch.ir, luma(batch.vi), stage.recipe.crop, stage.order.generator)
+    pair = _crops([scenes[i] for i in next(stage.order)], stage.recipe.crop, stage.order.generator)
+    ir, vi = (images.to(engine.where) for images in pair)
     stage.objective.epoch, stage.objective.step = len(stage.losses) // steps, len(stage.losses)
     stage.objective.before_step(stage.module.net, ir, vi)
     def loss(chosen: Tensor) -> Tensor:
@@ -190,7 +202,8 @@ class _Training(Training):
 def _draw(log: Log, net: nn.Module, scenes: Sequence[Scene], where: torch.device, step: int) -> None:
     "Rows of ir, vi and fused."
     net.eval()
-    batch = collate([scenes[i] for i in range(min(4, len(scenes)))]).to(where)
+    first = [scenes[i] for i in range(min(4, len(scenes)))]
+    batch = collate([scene for scene in first if scene.ir.shape == first[0].ir.shape]).to(where)
     vi = luma(batch.vi)
     log.grid(step, "ir, vi, fused", list(zip(batch.ir, vi, net(batch.ir, vi))))
     net.train()
@@ -198,7 +211,7 @@ def _draw(log: Log, net: nn.Module, scenes: Sequence[Scene], where: torch.device
 # %% ../../nbs/lib/22_fusion_training.ipynb #67878585
 # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
 def train_fusion(net: nn.Module,
-                 scenes: Sequence[Scene],            # of one size; a list, if making a scene is slow
+                 scenes: Sequence[Scene],            # of one size, or all larger than the crop; a list, if making one is slow
                  recipe: Recipe | Sequence[Recipe],  # stages in order: `caf_recipe(...)`, or the `recipe` of a `Method`
                  seed: int = 0,                      # of the batch order, and of what the objectives draw
                  progress: bool = True,              # show a bar

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import SegmenterSettings
 from ..core import CafError
-from ..data import read_image, write_png
+from ..data import read_image, read_mask, write_png
 from ..loop import Engine, Log, Order, Training, descend_in_parts, fingerprint, play, seeded_process, stalled
 from ..loop import writing_folder
 from ..tasks import Segmenter
@@ -51,7 +51,7 @@ class MaskFolder(Sequence):
 
     def __len__(self) -> int: return len(self.images)
     def __getitem__(self, i: Any) -> tuple[Tensor, Tensor]:
-        return read_image(self.images[i]).expand(3, -1, -1), (read_image(self.masks[i])[0] * 255).round().long()
+        return read_image(self.images[i]).expand(3, -1, -1), read_mask(self.masks[i], 256)
 
 # %% ../../nbs/lib/24_segmenter_training.ipynb #2acd0c48
 class SegmentationScores(NamedTuple):
@@ -209,6 +209,17 @@ def _show(t: _Training, log: Log) -> None:
             for image, mask, found in zip(images, masks, answers)]
     log.grid(len(t.losses), "image, mask, found", rows)
 
+# %% ../../nbs/lib/24_segmenter_training.ipynb #5d4b9993
+def _check_classes(pairs: Sequence[tuple[Tensor, Tensor]], split: str, segmenter: Segmenter) -> None:
+    "Raises `CafError` if a mask has a class that the network does not know, before the first step."
+    files = pairs.masks if isinstance(pairs, MaskFolder) else None
+    for i in range(len(pairs)):
+        mask = read_mask(files[i], 256) if files else pairs[i][1]
+        wrong = mask[(mask != segmenter.ignore) & ((mask < 0) | (mask >= len(segmenter.classes)))]
+        if not len(wrong): continue
+        cause = f"a mask of the {split} split has the class {int(wrong[0])}, and there are {len(segmenter.classes)}"
+        raise CafError(cause, files[i] if files else None, "Map the masks by class name")
+
 # %% ../../nbs/lib/24_segmenter_training.ipynb #3be03c20
 class SegmenterResult(NamedTuple):
     "A fine-tuned segmenter: how good, from where, how long."
@@ -238,6 +249,7 @@ def finetune_segmenter(segmenter: Segmenter,
     the bit. Raises `CafError` on empty splits and on a state of another training, and `NotFinite` on a loss that is
     not finite."""
     if not len(train): raise CafError("there is no image to train on", remedy="Check the folders of the training split")
+    for split, pairs in (("training", train), ("test", test)): _check_classes(pairs, split, segmenter)
     engine = Engine(next(segmenter.parameters()).device, settings.accumulate)
     engine.place(segmenter)
     segmenter.train()
