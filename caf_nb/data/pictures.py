@@ -42,7 +42,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 def decoding(path: Path) -> Iterator[None]:
     "Turn every failure of a decoder inside the block into a `CafError`."
     try:
-        if not os.path.lexists(path): raise CafError("there is no such file", path, "Check the path")
+        if not path.exists() or path.is_dir(): raise CafError("there is no such file", path, "Check the path")
         if not path.is_file(): raise CafError("is no regular file", path, "Check the path")
         yield
     except CafError: raise
