@@ -34,8 +34,10 @@ def _say(program: str, sentence: object) -> None:
 @contextmanager
 def _warnings_as_text(program: str) -> Iterator[None]:
     "Inside the block a warning becomes a sentence; of those that differ in file and numbers only, the first."
-    seen: Counter[str] = Counter()
+    seen, told = Counter[str](), set[str]()
     def show(message: Any, *_: Any, **__: Any) -> None:
+        if str(message) in told: return
+        told.add(str(message))
         kind = re.sub(r"[\d.]+", "#", str(message).partition(": ")[2] or str(message))
         seen[kind] += 1
         if seen[kind] == 1: _say(program, message)
