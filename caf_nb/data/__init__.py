@@ -8,13 +8,14 @@ __all__ = ['Batch', 'EXTENSIONS', 'LazySequence', 'M3FD_CLASSES', 'MFNET_CLASSES
            'recolor_uint8', 'rgb_to_ycbcr', 'to_uint8', 'write_png', 'ycbcr_to_rgb', 'DISJOINT', 'Item', 'M3FD',
            'MFNet', 'MSRS', 'Multispectral', 'NOTES', 'Published', 'READERS', 'RoadScene', 'SPLIT_VERSION', 'Split',
            'TNO', 'load_dataset', 'read_split', 'where', 'write_split', 'Blocks', 'Checked', 'blocks', 'check', 'deal',
-           'find_scenes', 'make_split', 'prepare', 'read_blocks', 'box_fault', 'listed_names', 'read_mask', 'read_yaml',
-           'read_yolo']
+           'find_scenes', 'make_split', 'prepare', 'read_blocks', 'box_fault', 'image_size', 'listed_names',
+           'read_mask', 'read_yaml', 'read_yolo']
 
 # %% ../../nbs/lib/07_data.ipynb #6ecf67b7
 from caf_nb.data.pictures import (
     Batch, EXTENSIONS, LazySequence, M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Pair, PairFolder, Scene,
-    batches, collate, html_row, luma, marked, read_image, read_pair, recolor, recolor_uint8, rgb_to_ycbcr, to_uint8, write_png,
+    batches, collate, html_row, image_size, luma, marked, read_image, read_pair, recolor, recolor_uint8,
+    rgb_to_ycbcr, to_uint8, write_png,
     ycbcr_to_rgb,
 )
 from caf_nb.data.sets import (
@@ -28,9 +29,10 @@ from caf_nb.data.archives import (
 # %% ../../nbs/lib/07_data.ipynb #9f0f69ce
 _all_ = [
     "Batch", "EXTENSIONS", "LazySequence", "M3FD_CLASSES", "MFNET_CLASSES", "MULTISPECTRAL_CLASSES", "Pair",
-    "PairFolder", "Scene", "batches", "collate", "html_row", "luma", "marked", "read_image", "read_pair", "recolor", "recolor_uint8",
+    "PairFolder", "Scene", "batches", "collate", "html_row", "luma", "marked", "read_image", "read_pair", "recolor",
+    "recolor_uint8",
     "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "Split", "TNO", "load_dataset",
     "read_split", "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_split",
-    "prepare", "read_blocks", "box_fault", "listed_names", "read_mask", "read_yaml", "read_yolo",
+    "prepare", "read_blocks", "box_fault", "image_size", "listed_names", "read_mask", "read_yaml", "read_yolo",
 ]

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..config import DataSettings, Profile
 from ..core import CafError, UnknownName
-from ..data import DISJOINT, Item, Published, READERS, Scene
+from ..data import DISJOINT, Item, Published, READERS, Scene, image_size
 from ..data.archives import checked
-from ..data.sets import Finding, image_size, label_text, labelled_items, paired_items
+from ..data.sets import Finding, label_text, labelled_items, paired_items
 from ..losses import TERMS
 from ..search import SearchResult, logits
 from caf_nb.stages import (
