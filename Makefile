@@ -12,7 +12,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo report docs test test-all types sync notebooks install clean
+.PHONY: demo report docs test test-all types cells sync notebooks install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -29,12 +29,16 @@ docs: install
 # `make test-all` adds the tests that repeat at length what a shorter one checks as well (CI, every week). One thread per process and one process per core: small tensors gain nothing from more threads.
 test test-all: export OMP_NUM_THREADS := 1
 test: picked := -m "not long"
-test test-all: install sync types
-	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims)'
+test test-all: install sync
+	$(MAKE) --no-print-directory -j 2 types cells
 	pytest -n 2 --dist loadfile $(picked)
 
 types: install
 	mypy caf_nb
+
+# The tests in the notebooks.
+cells: install
+	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims)'
 
 # Cleaning and exporting the notebooks must leave caf_nb/ as it is, and a clean checkout clean. A notebook that was only run is cleaned, and that is all.
 sync: install
@@ -55,7 +59,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Installing PyTorch and friends into .venv: about 7 GB, a few minutes."
-	$(BIN)/python -m pip install --progress-bar on -e '.[all]'
+	$(BIN)/python -m pip install --no-compile --progress-bar on -e '.[all]'
 	touch $@
 
 clean:
