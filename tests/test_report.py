@@ -70,9 +70,9 @@ def test_a_kernel_that_dies_is_told(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", [signal.SIGINT, *(pytest.param(how, marks=pytest.mark.long) for how in (signal.SIGTERM, signal.SIGKILL))])
 def test_an_interrupted_report_stops_its_notebooks(tmp_path, how):
-    "After a signal to the report alone, no process of it is left, kernels included."
+    "After a signal to the report alone, no process of it is left, kernels included. Taken out: `_WATCH`. Then the kernel of a killed report went on."
     notebook(tmp_path / "nbs/table1.ipynb", GIVEN, (f"import os, time; open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid())); time.sleep(600)", []))
     command = [sys.executable, "-c", "from caf_nb.cli import report_app; report_app()", "--out", str(tmp_path / "out"), "--notebooks", str(tmp_path / "nbs")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -86,7 +86,21 @@ def test_an_interrupted_report_stops_its_notebooks(tmp_path, how):
         if not Path(f"/proc/{kernel}").exists(): break
         time.sleep(0.2)
     assert not Path(f"/proc/{kernel}").exists()
-    assert json.loads((tmp_path / "out/notebooks/done.json").read_text()) == {} and not (tmp_path / "out/index.html").exists()
+    if how != signal.SIGKILL: assert json.loads((tmp_path / "out/notebooks/done.json").read_text()) == {}
+    assert not (tmp_path / "out/index.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_reports_in_one_folder(tmp_path):
+    "The second waits, and runs nothing again. Taken out: the lock in `build_report`. Then one or both ended with exit code 1."
+    notebook(tmp_path / "nbs/table1.ipynb", GIVEN, (f"import os, time; open({str(tmp_path / 'ran')!r}, 'a').write('x'); time.sleep(3)", []))
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    command = [sys.executable, "-c", "from caf_nb.cli import report_app; report_app()", "--out", str(tmp_path / "out"), "--notebooks", str(tmp_path / "nbs")]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert (tmp_path / "ran").read_text() == "x" and sorted("1 of them before" in out for out, _ in said) == [False, True]
 
 
 def test_a_run_on_published_data_looks_first(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
 from tqdm import tqdm
 
 import caf_nb
@@ -71,9 +72,13 @@ def fingerprint(source: str,                 # of all cells of a notebook
     return hashlib.sha256(repr((source, given, _library(), shown, files)).encode()).hexdigest()
 
 # %% ../../nbs/lib/36_page.ipynb #6260ab06
-def _command(module: str, *words: object) -> list[str]:
+# a thread that interrupts its process when the pipe on stdin closes, as it does even if the report is killed
+_WATCH = ("import os, signal, threading; threading.Thread(daemon=True, target=lambda: "
+          "(os.read(0, 1), os.kill(os.getpid(), signal.SIGINT))).start(); ")
+
+def _command(module: str, *words: object, first: str = "") -> list[str]:
     "`python -m module`, without a grammar of jsonschema that takes three seconds to import and is not needed."
-    code = f"import runpy, sys; sys.modules['rfc3987_syntax'] = None; runpy.run_module({module!r}, {{}}, '__main__', 1)"
+    code = f"{first}import runpy, sys; sys.modules['rfc3987_syntax'] = None; runpy.run_module({module!r}, {{}}, '__main__', 1)"
     return [sys.executable, "-c", code, *map(str, words)]
 
 def _last_line(text: str) -> str:
@@ -88,12 +93,12 @@ async def run_notebook(notebook: Path,
                        jobs: int,                     # notebooks that share the cores
                        tell: Callable[[str], object], # told the last line of stderr
 ) -> str:                                             # "" if it ran through, else why not
-    "Execute a notebook with papermill. When this is cancelled, the kernel ends."
+    "Execute a notebook with papermill. When this is cancelled or killed, the kernel ends."
     command = _command("papermill", notebook, executed, "-k", "python3", "-y", json.dumps(given),
-                       "--no-progress-bar", "--log-level", "ERROR", "--stderr-file", "/dev/stderr")
+                       "--no-progress-bar", "--log-level", "ERROR", "--stderr-file", "/dev/stderr", first=_WATCH)
     threads, bar = max((os.cpu_count() or 1) // jobs, 1), "{desc} {n_fmt}/{total_fmt}{postfix}"
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_BAR_FORMAT": bar}
-    process = await asyncio.create_subprocess_exec(*command, env=env, stdout=subprocess.DEVNULL,
+    process = await asyncio.create_subprocess_exec(*command, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                                    stderr=subprocess.PIPE, start_new_session=True)
     said, stderr = "", process.stderr
     try:
@@ -157,10 +162,12 @@ def build_report(profile: str,                  # smoke, mini or paper
     folder, jobs = output_folder(out, chosen), jobs or (1 if device().type == "cuda" else 2)
     given = {"profile": profile, "out": str(folder) if out else "", "workers": min(jobs, len(chosen.seeds)), **roots}
     (source := folder/"notebooks").mkdir(exist_ok=True)
-    done, every = {} if fresh else _known(source/"done.json"), 0.3 if sys.stderr.isatty() else 30 # seconds
-    with tqdm(total=len(paths), desc="notebooks", dynamic_ncols=True, miniters=0, mininterval=every) as bar:
-        asyncio.run(_run_all(paths, source, given, jobs, done, bar))
-    if subprocess.run(_command("sphinx", "-q", "-c", docs, "-t", "report", source, folder/"page"/"html")).returncode:
-        raise CafError("the page cannot be made", docs, "Read the lines above; the extra docs of caf_nb brings Sphinx")
-    (folder/"index.html").write_text('<meta http-equiv="refresh" content="0; url=page/html/index.html">')
+    with FileLock(folder/"report.lock"): # another report in this folder comes after this one, and finds all done
+        done, every = {} if fresh else _known(source/"done.json"), 0.3 if sys.stderr.isatty() else 30 # seconds
+        with tqdm(total=len(paths), desc="notebooks", dynamic_ncols=True, miniters=0, mininterval=every) as bar:
+            asyncio.run(_run_all(paths, source, given, jobs, done, bar))
+        if subprocess.run(_command("sphinx", "-q", "-c", docs, "-t", "report", source, folder/"page"/"html")).returncode:
+            raise CafError("the page cannot be made", docs, "Read the lines above; the extra docs of caf_nb brings Sphinx")
+        with replacing(folder/"index.html") as part:
+            part.write_text('<meta http-equiv="refresh" content="0; url=page/html/index.html">')
     return folder/"index.html", {name: done[name] for name in paths}

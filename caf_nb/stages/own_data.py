@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..config import DataSettings, Profile
 from ..core import CafError, UnknownName
 from ..data import DISJOINT, Item, Published, READERS, Scene, image_size
 from ..data.archives import checked
-from ..data.sets import Finding, label_text, labelled_items, paired_items
+from ..data.sets import Finding, labelled_items, paired_items, read_yaml
 from ..losses import TERMS
 from ..search import SearchResult, logits
 from caf_nb.stages import (
@@ -50,14 +49,14 @@ def read_layout(file: str | Path) -> Layout:
     file = Path(file).resolve()
     keys = "Its keys are " + ", ".join(name for name in Layout.model_fields if name not in ("nc", "download"))
     try:
-        given = yaml.safe_load(label_text(file, 2 ** 16))
+        given = read_yaml(file)
         names = given.get("names")
         if isinstance(names, dict): given["names"] = [names[key] for key in sorted(names)]
         found = Layout.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise CafError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", file, keys) from None
-    except (yaml.YAMLError, AttributeError, TypeError, RecursionError):
+    except (CafError, TypeError):
         raise CafError("is no list of keys and values", file, keys) from None
     if bool(found.ir) != bool(found.vi) or (found.labels and found.masks):
         raise CafError("names only one of ir and vi, or both labels and masks", file, "Name both, and one of these")
