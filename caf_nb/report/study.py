@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'Comparison', 'Claim', 'needed', 'searches', 'finished', 'run_study',
-           'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims', 'weights', 'task_distance', 'diagnose',
-           'protocol', 'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
+           'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims', 'seeds_needed', 'what_is_excluded', 'weights',
+           'task_distance', 'diagnose', 'protocol', 'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights',
+           'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,8 +25,9 @@ import torch
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from ..core import CafError
+from ..core import CafError, optional
 from ..losses import TERM_TABLE, TERMS, moved_share
+from ..paper import paper_table
 from ..rows import Cell, HOME, Setup, TASKS, cell, cell_file, read_cell, row_style, steady
 from ..stages import Search
 
@@ -206,6 +209,54 @@ def judge_claims(compared: pd.DataFrame,         # of `compare_rows`
              "verdict": overall(parts[c.name])} for c in claims]
     columns = "claim sentence comparisons verdict".split()
     return pd.DataFrame(rows, columns=columns).set_index("claim")
+
+# %% ../../nbs/lib/32_study.ipynb #5ee05a11
+def _deviation(compared: pd.DataFrame) -> pd.Series:
+    "The standard deviation of the differences behind each interval, in points."
+    from scipy import stats
+
+    return (compared.high - compared.low) / 2 * compared.n**.5 / stats.t.ppf(0.975, compared.n - 1)
+
+# %% ../../nbs/lib/32_study.ipynb #5ee05a13
+def seeds_needed(compared: pd.DataFrame,                 # of `compare_rows`
+                 points: Sequence[float] = (1, 2, 3),
+) -> pd.DataFrame:                                       # one row per metric and row of CAF or of another network
+    "How many seeds see a difference of so many points with 80 % power (two-sided, 5 %), and what these seeds see."
+    solve = partial(optional("statsmodels.stats.power", "notebooks").TTestPower().solve_power, alpha=0.05, power=0.8)
+    done, rows = compared[compared.n > 1], {}
+    ours = done.row.str.startswith("caf").map({True: "rows of CAF", False: "other networks"})
+    for (metric, of), part in done.assign(sd=_deviation(done)).groupby(["metric", ours], sort=False):
+        pooled = float(np.sqrt(np.average(part.sd**2, weights=part.n - 1)))
+        rows[f"{metric}, {of}"] = {
+            "comparisons": len(part), "standard deviation": pooled,
+            **{f"seeds for {p:g}": math.ceil(solve(effect_size=p / pooled)) for p in points},
+            f"points seen by {part.n.max()} seeds": float(solve(nobs=part.n.max()) * pooled)}
+    return pd.DataFrame(rows).T.rename_axis("differences of")
+
+# %% ../../nbs/lib/32_study.ipynb #5ee05a17
+def _printed_gap(dataset: str, row: str, against: str) -> float: # points; nan where the paper prints no such pair
+    tables = {"m3fd": (1,), "mfnet": (3, 2)}[dataset]
+    for table in map(paper_table, tables):
+        if {row, against} <= set(table.index) and (dataset, METRIC[dataset]) in table:
+            column = table[dataset, METRIC[dataset]]
+            return float(column[row] - column[against])
+    return math.nan
+
+# %% ../../nbs/lib/32_study.ipynb #5ee05a19
+def what_is_excluded(compared: pd.DataFrame, # of `compare_rows`
+                     margin: float = 1.,     # a difference that matters, in points
+) -> pd.DataFrame:                           # one row per comparison
+    "The paper's gap beside each interval, whether the interval excludes it, and whether two rows are equivalent."
+    from scipy import stats
+
+    done = compared[compared.n > 1]
+    half = stats.t.ppf(0.95, done.n - 1) * _deviation(done) / done.n**.5
+    printed = pd.Series([_printed_gap(c.dataset, c.row, c.against) for c in done.itertuples()], done.index)
+    shown = done[["claim", "row", "against", "metric", "effect", "low", "high"]].assign(printed=printed)
+    shown["paper's gap excluded"] = np.where(printed.isna(), "not printed",
+                                             np.where((printed < done.low) | (printed > done.high), "yes", "no"))
+    shown[f"within {margin:g}"] = np.where(done.effect.abs() + half < margin, "yes", "no")
+    return shown.set_index(["claim", "row", "against", "metric"])
 
 # %% ../../nbs/lib/32_study.ipynb #cd590496
 def weights(found: Found) -> pd.DataFrame:
