@@ -92,6 +92,8 @@ class _Fused(NamedTuple):
     overwrite: bool
     max_pixels: int | None
     ir_range: str
+    engine: str
+    precision: str
 
 def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused, tell: Any) -> Any: # FolderResult
     "Fuse with one method, and say what came of it and whose weights these are."
@@ -104,6 +106,7 @@ def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused, tell:
     if tell: tell(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {out}")
     n = len(result.skipped)
     if tell and n: tell(f"{n} skipped, since their results exist: --overwrite replaces them")
+    if tell and entry.read is not None: tell(f"engine {result.engine}")
     ours = f"of our own, trained on synthetic scenes; the official file is {entry.weights} of {entry.page}"
     own = weights in (None, bundled(f"{method}.safetensors"))
     if tell and entry.read is not None: tell(f"weights of {entry.title}: {ours if own else weights}")
@@ -142,7 +145,7 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
 # %% ../nbs/lib/45_cli.ipynb #591306f0
 def _fused_facts(results: dict[str, Any]) -> dict[str, Any]: # for a program
     return {method: {"fused": result.done, "skipped": result.skipped, "unmatched": result.unmatched,
-                     "failures": result.failures, "seconds": result.seconds} for method, result in results.items()}
+                     "failures": result.failures, "seconds": result.seconds, "engine": result.engine} for method, result in results.items()}
 
 def _demo_pairs(folder: Path) -> tuple[Path, Path, Path]: # ir, vi, and where to fuse to
     "Write four synthetic pairs."
@@ -160,6 +163,8 @@ _fuse_vi = "Folder of visible images, or one file. Partners share the stem: ir/7
 _fuse_out = "Folder for the results, STEM.png, made if it is absent; or FILE.png for one pair."
 _fuse_method = "Names with commas, each gets a folder; `ir` and `vi` pass a source through; a wrong name lists all."
 _fuse_weights = "Our .safetensors or the authors' file; a folder for several methods. Default: those in the package."
+_fuse_engine = "auto (the fastest that gives the same pictures), torch, onnx (extra fast) or compile (long runs on CUDA)."
+_fuse_precision = "float; bf16 or fp16 are faster on CUDA and some gray levels off, which is measured and said."
 _fuse_demo = "Fuse four synthetic pairs into a folder (caf-fuse-demo, or --out) and make a sheet of them."
 _fuse_pixels = "Pixels of the largest picture to read. Default: 25,000,000, or the variable CAF_NB_MAX_PIXELS."
 _fuse_range = "Infrared values that become black and white: full, percentile (one for the folder), or MIN,MAX."
@@ -173,6 +178,8 @@ def caf_fuse(
     weights: Annotated[Path | None, typer.Option(metavar="FILE|DIR", help=_fuse_weights)] = None,
     color: Annotated[bool, typer.Option("--color/--gray", help="Colour where the visible image has it.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
+    engine: Annotated[str, typer.Option(help=_fuse_engine)] = "auto",
+    precision: Annotated[str, typer.Option(help=_fuse_precision)] = "float",
     demo: Annotated[bool, typer.Option("--demo", help=_fuse_demo)] = False,
     max_pixels: Annotated[int | None, typer.Option(min=1, show_default=False, help=_fuse_pixels)] = None,
     ir_range: Annotated[str, typer.Option(metavar="RANGE", help=_fuse_range)] = "full",
@@ -190,7 +197,7 @@ def caf_fuse(
             if given is None: raise typer.BadParameter("it is missing; or try --demo", param_hint=f"'{name}'")
         assert ir and vi and out
         methods = list(dict.fromkeys(m.strip().lower() for m in method.split(",") if m.strip()))
-        files = _Fused(ir, vi, out, color, overwrite or demo, max_pixels, ir_range)
+        files = _Fused(ir, vi, out, color, overwrite or demo, max_pixels, ir_range, engine, precision)
         results = _fuse_methods(methods or ["caf"], weights, device, files, demo, None if as_json else typer.echo)
         if as_json: _answer(True, _fused_facts(results), "")
         if any(result.failures for result in results.values()): raise typer.Exit(1)

@@ -323,6 +323,8 @@ def folded(net: nn.Module, # in evaluation; stays as it is
             if fixed and isinstance(conv, nn.Conv2d):
                 setattr(row, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(row, name, nn.Identity())
+    for module in net.modules():
+        if hasattr(module, "in_blocks"): module.in_blocks = True
     return net.to(memory_format=torch.channels_last)
 
 # %% ../nbs/lib/18_fusion.ipynb #e3dc0b6d

@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from kornia.metrics import ssim
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
@@ -355,6 +354,7 @@ def structural_similarity(fused: Tensor,          # (...,C,H,W), float in [0,1] 
                           channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                                      # (...), at most 1 per source
     "SSIM with the sources, windows inside the image (Wang et al. 2004). Raises `CafError` on unfit images."
+    from kornia.metrics import ssim
     def of_plane(x: Tensor, y: Tensor) -> Tensor: return ssim(x, y, 11, max_val=255., padding="valid").mean()
     return _of_planes(of_plane, _all_levels(fused, sources, channels, gray, least=11), reduce)
 

@@ -20,10 +20,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import pandas as pd
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm.contrib.concurrent import thread_map
 
 from ..core import CafError
@@ -48,6 +45,8 @@ def _thumbnail(item: Item) -> np.ndarray:
 # %% ../../nbs/lib/06_archives.ipynb #9b72b8dd
 def _join(thumbs: np.ndarray, threshold: float = 0.7, window: int = 5) -> np.ndarray:
     "The scene of each: connected components of the neighbours in a window whose similarity exceeds the threshold."
+    from scipy.sparse.csgraph import connected_components
+    from scipy.sparse import coo_array
     n, links = len(thumbs), [np.zeros((0, 2), int)]
     for step in range(1, window + 1):
         i = np.flatnonzero((thumbs[:-step] * thumbs[step:]).sum(1) > threshold)
@@ -365,6 +364,7 @@ def prepare(dataset: str,                 # a key of `READERS`
         file = out/"split"/f"{dataset}.txt"
         split = _prepared_split(published, file, seed, ratio, progress)
         parts, training = Counter(m.part for m in split.members), reader(root, "train", file, names)
+    import pandas as pd
     table = pd.DataFrame(blocks([training], n, size, seed), columns=Block._fields)
     write_file(out/"blocks"/f"{dataset}.csv", table.to_csv(index=False, lineterminator="\n"))
     if published.classes and all(item.boxes for item in published.items):

@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kornia.metrics import ssim
 from matplotlib.axes import Axes
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -191,6 +190,7 @@ def l2_max(f: _Fused, t: Targets, v: Variant) -> Tensor: return (f.image - t.hig
 # %% ../../nbs/lib/11_losses.ipynb #c764cfad
 def _dissimilarity(fused: Tensor, source: Tensor, variant: Variant) -> Tensor:
     "1 - SSIM, or half of it, each pixel clamped to [0, 1]."
+    from kornia.metrics import ssim
     apart = 1 - ssim(fused, source, variant.ssim_window)
     return (apart / 2).clamp(0, 1).mean() if variant.ssim_halved else apart.mean()
 

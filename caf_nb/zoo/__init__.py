@@ -10,17 +10,17 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import read_tensors
 from ..core import CafError, UnknownName
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/zoo/index.ipynb #13a9a9f5
 class Objective(nn.Module):
@@ -115,6 +115,7 @@ def gflops(network: Callable[[], nn.Module],
            size: tuple[int, int] = (480, 640), # (H, W) of the pair, in pixels
 ) -> float:                                    # 1e9 operations
     "Floating-point operations to fuse one pair, counted without computing them."
+    from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         network().eval()(torch.empty(1, 1, *size), torch.empty(1, 1, *size))
     return counter.get_total_flops() / 1e9
@@ -122,8 +123,9 @@ def gflops(network: Callable[[], nn.Module],
 # %% ../../nbs/zoo/index.ipynb #7879b869
 def method_table(methods: Iterable[str] = tuple(METHODS), # names; sources are left out
 # one row per method: title, venue, year, parameters, gflops, page, licence
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     "What the methods are and what they cost."
+    import pandas as pd
     entries = {name: entry for name in methods if (entry := find_method(name)).read is not None}
     def row(entry): return {"title": entry.title, "venue": entry.venue, "year": entry.year,
                             "parameters": sum(p.numel() for p in entry.network().parameters()),

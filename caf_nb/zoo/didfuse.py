@@ -15,8 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import spatial_gradient
-from kornia.losses import ssim_loss
 from torch import Tensor, nn
 
 from ..checkpoints import read_tensors, renamed
@@ -148,6 +146,7 @@ def _read_official(path: Path, # folder of the two official files, or one of the
 # %% ../../nbs/zoo/didfuse.ipynb #74a352f1
 def _reconstruction_loss(image: Tensor, again: Tensor) -> Tensor:
     "R: mean squared error plus five times (1 - SSIM) / 2, window 11. (B,1,H,W) in [0,1] to a scalar."
+    from kornia.losses import ssim_loss
     return F.mse_loss(again, image) + 5 * ssim_loss(again, image, 11)
 
 def decomposition_loss(ir: Features, vi: Features, variant: Literal["paper", "released"] = "paper") -> Tensor:
@@ -168,6 +167,7 @@ class DIDFuseLoss(Objective):
         self.variant = variant
 
     def forward(self, net: Any, ir: Tensor, vi: Tensor) -> Tensor: # `net`: a DIDFuse
+        from kornia.filters import spatial_gradient
         f_ir, f_vi = net.encoder(ir), net.encoder(vi)
         again_ir, again_vi = net.decoder(f_ir), net.decoder(f_vi)
         gradient = F.l1_loss(spatial_gradient(again_vi), spatial_gradient(vi))

@@ -9,10 +9,10 @@ __all__ = ['METHOD', 'Round', 'ReCoNet', 'to_official', 'from_official', 'ReCoNe
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from kornia.losses import ssim_loss
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import renamed
@@ -33,12 +33,32 @@ def _layer(inputs: int, outputs: int, dilation: int, norm: bool, act: nn.Module)
     if norm: layers["norm"] = nn.BatchNorm2d(outputs)
     return nn.Sequential(OrderedDict(layers, act=act))
 
+# %% ../../nbs/zoo/reconet.ipynb #5bc609e4
+def _in_blocks(branches: nn.ModuleList, out: Any, # without normalisations
+               x: Tensor,                         # (B,3,H,W)
+               rows: int = 8,
+) -> Tensor:                                      # (B,1,H,W)
+    "What a round makes of the weighted sources and the guess, without gradients."
+    (height, width), last = x.shape[-2:], out.conv.weight[0].flip(1, 2).flatten(1).t()
+    sums = x.new_empty(len(x), 9, height, width)
+    padded = {branch: F.pad(x, [branch.conv.dilation[0]] * 4) for branch in branches}
+    for top in range(0, height, rows):
+        block = sums[..., top:top + rows, :]
+        block.zero_()
+        for (branch, wide), part in zip(padded.items(), last.chunk(len(branches), 1), strict=True):
+            conv, around = branch.conv, 2 * branch.conv.dilation[0]
+            columns = F.unfold(wide[..., top:top + block.shape[-2] + around, :], 3, dilation=conv.dilation)
+            hidden = torch.baddbmm(conv.bias[:, None], conv.weight.flatten(1).expand(len(x), -1, -1), columns)
+            block += (part @ branch.act(hidden)).view_as(block)
+    return out.act(F.fold(sums.flatten(2), (height, width), 3, padding=1) + out.conv.bias)
+
 # %% ../../nbs/zoo/reconet.ipynb #0a6290b7
 class ReCoNet(nn.Module):
     """ReCoNet(ir, vi); 7,527 parameters, the later version 3,589. Raises `CafError` on unknown options. Source: Huang
     et al., ECCV 2022."""
     rounds = 3
     reach = 5 * rounds # rows and columns around a pixel that it depends on
+    in_blocks = False  # how `folded` computes a round
 
     def __init__(self,
                  variant: Literal["v0", "plus"] = "v0", # the version of the paper, or the later ReCo+
@@ -62,6 +82,8 @@ class ReCoNet(nn.Module):
         "One round, from the guess `fused`."
         a_ir, a_vi = self.attention(self.attention_ir, ir, fused), self.attention(self.attention_vi, vi, fused)
         x = torch.cat([ir * a_ir, fused, vi * a_vi], 1)
+        if self.in_blocks and not torch.onnx.is_in_onnx_export():
+            return Round(_in_blocks(self.branches, self.out, x), a_ir, a_vi)
         return Round(self.out(torch.cat([branch(x) for branch in self.branches], 1)), a_ir, a_vi)
 
     def recur(self,
@@ -103,6 +125,7 @@ def _weighted_loss(fused: Tensor,          # (B,1,H,W)
                   intensity: float = 20., # lambda_1
 ) -> Tensor:                              # scalar
     "SSIM and L1 to both sources, each weighted by the saliency of that source. Source: the released trainer of ReCo+."
+    from kornia.losses import ssim_loss
     loss = torch.zeros_like(fused)
     for source, weight in zip((ir, vi), saliency_weights(ir, vi), strict=True):
         loss = loss + weight * (structure * ssim_loss(fused, source, 11, reduction="none") + intensity

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import get_gaussian_kernel2d
 from torch import Tensor, nn
 
 from . import Method, Objective, Recipe
@@ -122,6 +121,7 @@ def _decision(ir: Tensor, # (B,1,H,W)
              vi: Tensor, # (B,1,H,W), aligned
 ) -> Tensor:             # (B,1,H,W): 1 where the edges of `vi` are the stronger ones, else 0
     "The adaptive decision block: which source each pixel takes its edges from. Source: the released trainer of SDNet."
+    from kornia.filters import get_gaussian_kernel2d
     gaussian = get_gaussian_kernel2d((3, 3), (1.5, 1.5))[0]
     strength_ir, strength_vi = (laplacian(_filtered(image, gaussian)).abs() for image in (ir, vi))
     return (strength_vi > strength_ir).to(ir.dtype)

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from kornia.metrics import ssim
 from torch import Tensor, nn
 
 from ..checkpoints import read_tensors, renamed
@@ -86,6 +85,7 @@ def _structure_loss(fused: Tensor, # (B,1,H,W)
                    vi: Tensor,    # (B,1,H,W) in [0,1]
 ) -> Tensor:                      # scalar, 0 if all three are equal
     "Mean of 1 - SSIM with each source, window of 11 pixels. Source: our reading of TarDAL, first release."
+    from kornia.metrics import ssim
     return 1 - (ssim(fused, ir, 11) + ssim(fused, vi, 11)).mean() / 2
 
 def _pixel_loss(fused: Tensor, # (B,1,H,W)

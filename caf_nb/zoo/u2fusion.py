@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kornia.metrics import ssim
 from torch import Tensor, nn
 
 from ..core import CafError
@@ -121,6 +120,7 @@ def _preservation(g_ir: Tensor, # (B,) of `information`
 # %% ../../nbs/zoo/u2fusion.ipynb #d59c1cd2
 def _dissimilarity(fused: Tensor, source: Tensor) -> Tensor:
     "1 - SSIM of each picture of a batch, where the window fits; two (B,1,H,W), at least 11x11, to (B,)."
+    from kornia.metrics import ssim
     return 1 - ssim(fused, source, 11, padding="valid").mean((1, 2, 3))
 
 # %% ../../nbs/zoo/u2fusion.ipynb #779a7175

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import get_gaussian_kernel2d, laplacian
 from torch import Tensor, nn
 
 from ..checkpoints import renamed
@@ -103,6 +102,7 @@ _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of the five scales
 
 def _ssim_maps(a: Tensor, b: Tensor, span: float) -> tuple[Tensor, Tensor]:
     "Contrast-structure cs and full ssim at every pixel, (B,1,H,W)."
+    from kornia.filters import get_gaussian_kernel2d
     window = get_gaussian_kernel2d((11, 11), (1.5, 1.5), device=a.device, dtype=a.dtype)[None]
     def mean(x): return F.conv2d(x, window, padding=5)
     mu_a, mu_b = mean(a), mean(b)
@@ -129,6 +129,7 @@ def ms_ssim(a: Tensor,        # (B,1,H,W), at least 16x16 pixels
 # %% ../../nbs/zoo/umfusion.ipynb #761bbff9
 def _joint_gradient_loss(fused: Tensor, ir: Tensor, vi: Tensor) -> Tensor:
     "Mean distance between the edges of `fused` and the stronger ones of both sources. (B,1,H,W) each to a scalar."
+    from kornia.filters import laplacian
     edges = [laplacian(image, 3).abs() for image in (fused, ir, vi)]
     return F.l1_loss(edges[0], torch.maximum(*edges[1:]))
 
