@@ -13,8 +13,8 @@ from caf_nb import fusion
 from caf_nb.checkpoints import load_tensors
 from caf_nb.core import CafError
 from caf_nb.config import DataSettings, FusionSettings, Profile, SearchSettings
-from caf_nb.data import luma, read_image
-from caf_nb.fusion import fuse, load_fusion, save_fusion
+from caf_nb.data import luma, read_image, to_uint8
+from caf_nb.fusion import _in_strips, build_engine, fuse, load_fusion, save_fusion
 from caf_nb.losses import TERMS, LossSpace
 from caf_nb.stages.sources import Data
 from caf_nb.stages import Search
@@ -74,6 +74,22 @@ def test_official_outputs(shared, row, file):
         atol = row.tolerance * (expected.abs().max().item() if row.relative else 1)
         torch.testing.assert_close(raw, expected, rtol=0, atol=atol)
         torch.testing.assert_close(fuse(net, ir, vi), expected.clamp(0, 1), rtol=0, atol=atol)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("row", [row for row in GOLDEN if row.method != "defusion"], ids=lambda row: f"{row.method}-{row.out}")
+def test_engines_agree(shared, row):
+    "Folded, in ONNX Runtime, and either in strips: 1e-4 before rounding (relative where the golden is), one gray level after it."
+    ir, vi = (image[..., :70, :48] for image in pairs(shared, row)[0][:2])
+    net = load_fusion(row.method, shared / "golden" / row.folder / "state.safetensors", "cpu", **row.options)
+    with torch.no_grad():
+        expected = net(ir, vi)
+    for engine in ("torch", "onnx"):
+        built = build_engine(net, engine)
+        for fused in (built(ir, vi), _in_strips(built, ir, vi, pixels=0)):
+            atol = 1e-4 * (expected.abs().max().item() if row.relative else 1)
+            torch.testing.assert_close(fused, expected, rtol=0, atol=atol)
+            assert (to_uint8(fused[0]).int() - to_uint8(expected[0]).int()).abs().max() <= 1
 
 
 @pytest.mark.shared
