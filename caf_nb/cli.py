@@ -97,8 +97,7 @@ class _Fused(NamedTuple):
 
 def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused, tell: Any) -> Any: # FolderResult
     "Fuse with one method, and say what came of it and whose weights these are."
-    from caf_nb.fusion import bundled, fuse_folder
-    from caf_nb.zoo import find_method
+    from caf_nb.fusion import bundled, find_method, fuse_folder
     result, entry, out = fuse_folder(net, **files._asdict()), find_method(method), files.out
     for file in result.unmatched: _say("caf-fuse", f"{file}: has no partner and was left out.")
     for error in result.failures: _say("caf-fuse", error)
@@ -123,8 +122,7 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
 ) -> dict[str, Any]: # method -> FolderResult
     "Fuse with each method."
     from caf_nb.core import CafError
-    from caf_nb.fusion import contact_sheet, find_weights, load_fusion
-    from caf_nb.zoo import find_method
+    from caf_nb.fusion import contact_sheet, find_method, find_weights, load_fusion
     out = files.out
     several, titles = len(methods) > 1, {method: find_method(method).title for method in methods}
     if several and out.suffix.lower() == ".png": raise CafError("is one file for several methods", out, "Give a folder")

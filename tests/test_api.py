@@ -1,8 +1,12 @@
 """The public names: these imports work in every version, wherever the code moves inside the package."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
+
+import caf_nb
 
 API = {
     "core": "seed_everything device CafError",
@@ -15,6 +19,8 @@ API = {
     "tasks": "Task Detector Segmenter DeepLab",
     "search": "hypergradient search SearchResult",
     "train": "train_fusion finetune_detector finetune_segmenter",
+    "fusion_metrics": "FusionMetric MutualInformation StandardDeviation VisualInformationFidelity SumOfCorrelationsOfDifferences",
+    "zoo.export": "to_onnx run_onnx FusionModel save_model",
     "metrics": "mutual_information standard_deviation visual_information_fidelity sum_of_correlations_of_differences evaluate_fusion",
     "stages": "Search TrainFusion FuseDataset FinetuneDetector FinetuneSegmenter",
     "report": "paper_table compare",
@@ -24,6 +30,15 @@ API = {
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in API.items() for name in names.split()])
 def test_public_name(module, name):
     assert getattr(importlib.import_module(f"caf_nb.{module}"), name) is not None
+
+
+def test_names_at_the_top():
+    "`caf_nb.<Tab>` shows them all, and `import caf_nb` imports none of them."
+    code = "import sys, time; t = time.perf_counter(); import caf_nb; t = time.perf_counter() - t; sys.exit(not (t < 0.3 and 'fuse' in dir(caf_nb) and 'torch' not in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert {"fuse", "load_fusion", "SynthScenes", "SearchResult", "evaluate_fusion"} <= set(dir(caf_nb))
+    for name in dir(caf_nb): assert getattr(caf_nb, name) is not None
+    with pytest.raises(AttributeError): caf_nb.fuze
 
 
 def test_profiles_are_configuration():

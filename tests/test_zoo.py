@@ -21,6 +21,7 @@ from caf_nb.stages import Search
 from caf_nb.synth import SynthScenes
 from caf_nb.train import caf_recipe, train_fusion
 from caf_nb.zoo import METHODS, build_network, find_method, method_table
+from caf_nb.zoo.export import to_onnx
 from caf_nb.zoo.umfusion import ms_ssim
 
 
@@ -256,3 +257,10 @@ def test_strips_fit_together(method, options):
     ir, vi = torch.rand(2, 1, 1, 5 * net.reach + 3, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(fusion._in_strips(net, ir, vi, pixels=0), net(ir, vi), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m == "defusion" else []) for m in METHODS if m not in ("ir", "vi", "mean", "caf", "tardal")])
+def test_onnx_of_any_size(method, tmp_path):
+    "`to_onnx` compares pictures of another size in ONNX Runtime with the network; caf and tardal are in nbs/zoo/export.ipynb."
+    torch.manual_seed(0)
+    assert to_onnx(build_network(method), tmp_path / "net.onnx", 1e-5) < 1e-5

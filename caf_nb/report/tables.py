@@ -7,9 +7,13 @@ __all__ = ['compare', 'show_table', 'plot_table', 'conclusion', 'output_folder',
            'at_a_glance', 'lead_numbers']
 
 # %% ../../nbs/lib/33_tables.ipynb #4c09c1d1
+import ast
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +24,7 @@ from matplotlib.colors import to_hex
 from pandas.io.formats.style import Styler
 
 from ..config import Profile
-from ..core import CafError, replacing
+from ..core import CafError, UnknownName, replacing
 from ..paper import Support, footnoted, mark_best, notes, number_format, paper_table, statements, support
 from ..rows import Cell, in_order, row_style
 from .study import effect
@@ -137,6 +141,33 @@ def conclusion(compared: pd.DataFrame, # of `compare`
 def _found(support: Support) -> str:
     return f"**{support.verdict}** ({support.detail})." if support.detail else "not run."
 
+# %% ../../nbs/lib/33_tables.ipynb #6dac8760
+def _assigned(source: str) -> dict[str, Any]:
+    "Names and values of the assignments in a cell; values that are no literals are left out."
+    found = {}
+    for node in ast.parse(source).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)): continue
+        with suppress(ValueError): found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+def _fits(value: object, default: object) -> bool:
+    if value is None: return default == ""
+    if isinstance(default, str): return isinstance(value, str | int | float | list) and not isinstance(value, bool)
+    if isinstance(default, float): return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
+
+# %% ../../nbs/lib/33_tables.ipynb #1c0af5e6
+def _check_parameters(cells: Sequence[str]) -> None: # sources of the cells that a kernel ran
+    "Raises `CafError` if papermill was given a parameter that the notebook does not have, or one of another type."
+    put = next((i for i, cell in enumerate(cells) if cell.startswith("# Parameters")), 0)
+    if not put: return
+    known = _assigned(cells[put - 1])
+    shown = f"Its parameters are {', '.join(f'{name}={value!r}' for name, value in known.items())}"
+    for name, value in _assigned(cells[put]).items():
+        if name not in known: raise UnknownName(f"the notebook has no parameter {name!r}", remedy=shown)
+        if not _fits(value, known[name]):
+            raise CafError(f"parameter {name} is {value!r}, and should be like {known[name]!r}", remedy=shown)
+
 # %% ../../nbs/lib/33_tables.ipynb #8ef4ee7d
 def _project() -> Path:
     "The project that contains the current folder; without one, that folder."
@@ -146,7 +177,8 @@ def _project() -> Path:
 def output_folder(out: str | Path | None, # None or "" for out/<profile> or results/<profile> in the project of the current folder
                   profile: Profile,
 ) -> Path:
-    "The folder for results, made if need be. Raises `CafError` if it cannot be made."
+    "The folder for results, made if need be. Raises `CafError` if it cannot be made, or on a wrong parameter."
+    _check_parameters(getattr(sys.modules.get("__main__"), "In", ()))
     folder = Path(str(out)) if out not in (None, "") else _project()/profile.home/profile.name
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
