@@ -1,7 +1,7 @@
 from . import (
     checkpoints as checkpoints, config as config, core as core, data as data, fusion as fusion, losses as losses,
     metrics as metrics, report as report, search as search, stages as stages, synth as synth, tasks as tasks,
-    train as train, zoo as zoo,
+    train as train, widgets as widgets, zoo as zoo,
 )
 from .config import Profile as Profile
 from .core import CafError as CafError, device as device, seed_everything as seed_everything

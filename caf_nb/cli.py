@@ -306,7 +306,7 @@ def _caf_search(
     Exit code 0: all is written. 1: something is wrong with the pairs. 2: the command line is wrong.
     """
     with _errors_as_text("caf-search"):
-        from caf_nb.config import Profile
+        from caf_nb.rows import Profile
         from caf_nb.report.own_page import own_plan, read_layout, run_own
         if size % 32: raise typer.BadParameter(f"{size} is no multiple of 32", param_hint="--size")
         layout, settings, tell = read_layout(data), Profile.named(profile), None if as_json else typer.echo
@@ -322,10 +322,9 @@ _Inputs = tuple[str, str, str] # data_root, weights_root, fused_root
 
 def _look_first(name: str, out: str, inputs: _Inputs, yes: bool) -> None:
     "Say what a run on published data needs and how long it takes, and ask. Raises `CafError` with all that is missing."
-    from caf_nb.config import Profile
     from caf_nb.needs import cost_table, describe, require
     from caf_nb.report import cache_folder
-    from caf_nb.rows import Setup, row_needs, table1, table2, table3
+    from caf_nb.rows import Profile, Setup, row_needs, table1, table2, table3
     profile, (data_root, weights_root, fused_root) = Profile.named(name), inputs
     if profile.data.source != "published" and not data_root: return
     setup = Setup(profile=profile, data_root=data_root, weights_root=weights_root, fused_root=fused_root,

@@ -1,0 +1,73 @@
+"""The explorer in a real browser: JupyterLab on a loopback port, Chromium driven by playwright, clicks and keys only."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PICTURE = "() => document.querySelector('.caf-explorer canvas').toDataURL()"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "The address of a server whose folder holds one notebook with the explorer."
+    folder, free = tmp_path_factory.mktemp("lab"), socket.socket()
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    code = nbformat.v4.new_code_cell("import caf_nb.widgets\ncaf_nb.widgets.explore(steps=4)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), folder / "explorer.ipynb")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / "config"), "IPYTHONDIR": str(folder / "ipython")}
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try: urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
+            except OSError: time.sleep(0.5)
+            else: break
+        else: pytest.fail((folder / "log").read_text()[-2000:])
+        yield f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?reset"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_a_slider_changes_the_picture(lab, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    pytest.importorskip("anywidget", reason="the extra widgets is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(180_000)
+        page.goto(lab)
+        page.locator(".jp-Notebook .cm-content").first.click()
+        page.keyboard.press("Shift+Enter")
+        page.locator(".caf-explorer canvas").wait_for()
+        page.wait_for_function("() => /MI .*SCD/.test(document.querySelector('.caf-status').textContent)")
+        first = page.evaluate(PICTURE)
+        slider = page.get_by_label("l1_ir", exact=True)
+        slider.focus()
+        page.keyboard.press("End")
+        page.wait_for_function("before => document.querySelector('.caf-explorer canvas').toDataURL() !== before", arg=first)
+        page.wait_for_function("() => /^24 steps/.test(document.querySelector('.caf-status').textContent)")
+        moved = page.evaluate(PICTURE)
+        page.get_by_label("View", exact=True).select_option("difference")
+        page.wait_for_function("before => document.querySelector('.caf-explorer canvas').toDataURL() !== before", arg=moved)
+        page.get_by_role("button", name="hand-crafted").click()
+        page.wait_for_function("() => document.querySelector('[aria-label=l1_ir]').value === '0'")
+        page.get_by_label("View", exact=True).select_option("side by side")
+        page.screenshot(path=os.environ.get("CAF_SCREENSHOT", str(tmp_path / "explorer.png")))
+        browser.close()
