@@ -31,22 +31,22 @@ function render({ model, el }) {
   const canvas = make("canvas", "", { role: "img", "aria-label": "pictures", style: "cursor:zoom-in;image-rendering:pixelated" });
   const cut = make("input", "", { type: "range", min: 0, max: 100, value: 50, "aria-label": "Wipe", style: "display:none;width:260px" });
   const status = make("div", "", { class: "caf-status", style: "margin:4px 0" });
-  const sliders = make("div", "", { style: "display:grid;grid-template-columns:repeat(3,1fr);gap:2px 14px" });
+  const sliders = make("div", "", { style: "display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:2px 14px" });
   stage.append(canvas);
   let zoom = 2;
   canvas.onclick = () => { zoom = zoom === 2 ? 5 : 2; canvas.style.cursor = zoom === 2 ? "zoom-in" : "zoom-out"; draw(); };
 
   const inputs = model.get("terms").map(([letter, name], i) => {
-    const line = make("label", "", { style: "display:flex;align-items:center;gap:6px" });
-    const input = make("input", "", { type: "range", min: 0, max: 1000, "aria-label": name, style: "flex:1" });
-    const number = make("span", "", { style: "width:3em;text-align:right" });
+    const line = make("label", "", { style: "min-width:0;display:flex;align-items:center;gap:6px" });
+    const input = make("input", "", { type: "range", min: 0, max: 1000, "aria-label": name, style: "flex:1;min-width:0" });
+    const number = make("span", "", { style: "width:2.5em;text-align:right" });
     input.oninput = () => { number.textContent = (input.value / 1000).toFixed(2); };
     input.onchange = () => {
       model.set("weights", inputs.map(slider => slider.input.value / 1000));
       model.save_changes();
       status.textContent = "training ...";
     };
-    line.append(make("span", `${letter} ${name}`, { style: "width:9em" }), input, number);
+    line.append(make("span", `${letter} ${name}`, { style: "width:8.5em;flex:none" }), input, number);
     sliders.append(line);
     return { input, number };
   });
