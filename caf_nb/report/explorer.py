@@ -94,12 +94,13 @@ def _with_boxes(image: Tensor, classes: Sequence[str]) -> Image.Image: # by the 
     return marked(image, torch.cat([numbers.reshape(-1, 1), centre / sides, size / sides], 1))
 
 # %% ../../nbs/lib/41_explorer.ipynb #b3b503d8
-def pictures(trial: Trial, method: str = "live", boxes: bool = False) -> tuple[dict[str, Image.Image], dict[str, float]]:
+def pictures(trial: Trial, method: str = "live", boxes: bool = False
+) -> tuple[dict[str, Image.Image], dict[str, float]]:
     "Infrared, visible and fused picture, and the metrics of the fused one."
     gray, scene = _fused_by(method, trial), trial.scene
     draw: Any = (lambda image: _with_boxes(image, SynthScenes(1, 32).classes)) if boxes else marked
-    shown = {"infrared": draw(scene.ir.expand(3, -1, -1)), "visible": draw(scene.vi), "fused": draw(recolor(gray, scene.vi))}
-    vi = luma(scene.vi)
+    shown, vi = {"infrared": draw(scene.ir.expand(3, -1, -1)), "visible": draw(scene.vi)}, luma(scene.vi)
+    shown["fused"] = draw(recolor(gray, scene.vi))
     return shown, {name: measure(name, gray, scene.ir, vi).item() for name in ("MI", "SD", "VIF", "SCD")}
 
 # %% ../../nbs/lib/41_explorer.ipynb #cd433ebf
@@ -151,7 +152,8 @@ def explore(ir: str | Path | None = None, # folder of infrared pictures; None: s
 ) -> Any:                                 # a widget
     "Explore the weights of the loss on a pair. Raises `CafError` on folders without pairs."
     found = PairFolder(ir, vi)[:12] if ir and vi else []
-    scenes: Sequence[Scene] = [Scene(p.stem, *read_pair(p.ir, p.vi), torch.zeros(0, 5), torch.zeros(0, 0)) for p in found]
+    empty = torch.zeros(0, 5), torch.zeros(0, 0)
+    scenes: Sequence[Scene] = [Scene(pair.stem, *read_pair(pair.ir, pair.vi), *empty) for pair in found]
     scenes = scenes or SynthScenes(6, 128, seed=0)
     own = [m for m in ("caf",) if bundled(f"{m}.safetensors").exists()]
     widget = _widget_class()(
