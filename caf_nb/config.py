@@ -7,6 +7,7 @@ __all__ = ['DataSettings', 'SearchSettings', 'FusionSettings', 'DetectorSettings
            'Profile']
 
 # %% ../nbs/lib/01_config.ipynb #0643059f
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,6 +33,7 @@ class DataSettings(_Settings):
     task_size: int | None = Field(None, ge=1) # side of the detector's images during fine-tuning; None: `size`
     blocks: int = Field(0, ge=0)              # of M3FD, TNO, RoadScene to train the fusion network; 0: use `train`
     block_size: int = Field(128, ge=1)        # side of a block; the paper gives none
+    split: Literal["scenes", "random"] = "scenes" # of a set without parts; random: image by image, as printed
 
 # %% ../nbs/lib/01_config.ipynb #fab20015
 class SearchSettings(_Settings):
@@ -128,6 +130,13 @@ class Profile(_Settings):
     confidence: float = Field(0.25, ge=0, le=1) # of the boxes that Figure 2 draws
     home: Literal["out", "results"] = "results" # output folder: results/ is committed, out/ is not
 
+    def on(self, data_root: str, # "": no data are given
+    ) -> "Profile":
+        "The same profile with a note for given data, where its own are synthetic."
+        if not data_root or self.data.source == "published": return self
+        about = f"settings of {self.name}, at most {self.data.train} training scenes of {Path(data_root).name}"
+        return self.model_copy(update={"note": f"{about}: not the paper's run"})
+
     @classmethod
     def named(cls, name: str) -> "Profile":
         "The profile called `name`. Raises `CafError` on any other name."
@@ -179,4 +188,12 @@ _PAPER = Profile(
                                 pretrained=True),
     vgg="imagenet", methods=("ir", "vi", *_COMPARED, "caf"), ablation=_ABLATION)
 
-_PROFILES = {p.name: p for p in (_SMOKE, _MINI, _PAPER)}
+_REHEARSAL = _PAPER.model_copy(update={
+    "name": "rehearsal", "note": "rows, starts and recipes of paper on a few pictures: does the run go through?",
+    "data": DataSettings(source="published", size=64, task_size=64, train=4, val=2, test=2, blocks=6, block_size=32),
+    "search": SearchSettings(epochs=1, batch_size=2), "fusion": FusionSettings(epochs=1, batch_size=2),
+    "detector": _PAPER.detector.model_copy(update={"epochs": 1, "batch_size": 4}),
+    "segmenter": _PAPER.segmenter.model_copy(update={"steps": 2, "batch_size": 2, "warmup": 1, "crop": 64}),
+    "seeds": (0,), "home": "out"})
+
+_PROFILES = {p.name: p for p in (_SMOKE, _MINI, _PAPER, _REHEARSAL)}

@@ -109,8 +109,8 @@ def test_a_run_on_published_data_looks_first(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     run = CliRunner().invoke(report_app, ["--profile", "paper", "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--notebooks", str(ROOT / "nbs")])
     assert run.exit_code == 1 and "Traceback" not in run.stderr
-    assert all(words in run.stderr for words in ("things are missing", "M3FD", "MFNet", "DIDFuse"))
-    assert "needs are missing" in run.stdout and not (tmp_path / "out").exists()
+    assert all(words in run.stderr for words in ("things are missing", "M3FD", "MFNet")) and "DIDFuse" not in run.stderr
+    assert "needs are missing" in run.stdout and "Rows that stay empty: DIDFuse" in run.stdout and not (tmp_path / "out").exists()
 
 
 def wide_tables() -> str:

@@ -8,7 +8,7 @@ from caf_nb.config import DataSettings, Profile
 from caf_nb.core import CafError
 from caf_nb.losses import TERMS
 from caf_nb.report import compare, show_insets
-from caf_nb.rows import ROWS, Row, Setup, Style, check, in_order, own_weights, row_style, table1, table2, table3, weighted
+from caf_nb.rows import ROWS, Row, Setup, Style, check, in_order, left_out, own_weights, row_style, table1, table2, table3, weighted
 from caf_nb.stages import FinetuneDetector, TrainFusion
 
 
@@ -47,7 +47,9 @@ def test_an_entry_is_in_tables_and_plots(setup, brightest):
 
 def test_an_entry_is_checked(setup, monkeypatch):
     monkeypatch.setitem(ROWS, "tardal_gray", Row("tardal_gray", Style("TarDAL, gray", "#ece133", "*"), own_weights, "tardal"))
-    with pytest.raises(CafError, match="TarDAL: no tardal.safetensors|TarDAL"): check(setup, ["tardal_gray"])
+    with pytest.raises(CafError, match="no row can be computed: no tardal/tardal.pt or tardal.safetensors"): check(setup, ["tardal_gray"])
+    assert check(setup, ["tardal_gray", "ir"]) == ["ir"] and list(left_out(setup, ["tardal_gray", "ir"])) == ["tardal_gray"]
+    assert check(setup.model_copy(update={"without": ("ir",)}), ["ir", "vi"]) == ["vi"]
     check(setup.model_copy(update={"trained": ("tardal",)}), ["tardal_gray"])
     with pytest.raises(CafError, match="no row 'caf_brightest'"): check(setup, ["caf_brightest"])
 

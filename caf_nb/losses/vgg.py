@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import checksums, finite, read_tensors
+from ..checkpoints import checksums, finite, identify, read_tensors
 from ..core import CafError
 
 # %% ../../nbs/lib/10_vgg.ipynb #d7e1e7da
@@ -74,7 +74,7 @@ def _known(file: Path, title: str, url: str) -> str:
     "ImageNet only if the SHA-256 begins as torchvision writes it into the file's name; else the name and the hash."
     digest = checksums(file, file.parent)[file.name]
     if digest.startswith(Path(url).stem.rpartition("-")[2]): return "ImageNet" + f" ({title})" * (title != "VGG-16")
-    return f"{file.name} ({title}, SHA-256 {digest[:12]}, not torchvision's)"
+    return identify(file).replace("(SHA-256", f"({title}, not torchvision's; SHA-256")
 
 def _imagenet_state(name: str, file: Path | None) -> dict[str, Tensor]:
     "State of torchvision's VGG: from `file`, or from torchvision's cache. Raises `CafError` if it is not there."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['compare', 'show_table', 'plot_table', 'conclusion', 'output_folder', 'cache_folder', 'save_results', 'listed',
-           'at_a_glance', 'lead_numbers']
+           'empty_rows', 'at_a_glance', 'lead_numbers']
 
 # %% ../../nbs/lib/33_tables.ipynb #4c09c1d1
 import ast
@@ -24,7 +24,7 @@ from matplotlib.colors import to_hex
 from pandas.io.formats.style import Styler
 
 from ..config import Profile
-from ..core import CafError, UnknownName, replacing
+from ..core import CafError, UnknownName, printable, replacing
 from ..paper import Support, footnoted, mark_best, notes, number_format, paper_table, statements, support
 from ..rows import Cell, in_order, row_style
 from .study import effect
@@ -33,22 +33,28 @@ from .study import effect
 def compare(n: int,                                  # number of the table
             results: Mapping[tuple[str, str], Mapping[str, float]], # (data set, method) -> metric -> value
             profile: Profile,                        # that the values were made with
+            empty: Mapping[str, str] = {},           # method -> why it has no values, for the notes
             tolerance: float = 1.,                   # percentage points; hundredths of MI and VIF
 ) -> pd.DataFrame: # columns table, dataset, method, metric, paper, ours, delta, verdict, note
-    "The paper's values beside ours. Raises `CafError` on a data set or metric that the table does not have."
+    """The paper's values beside ours; sets of your own have no printed ones. Raises `CafError` on a metric that the table
+    does not have for its data set."""
     printed = paper_table(n)
     methods = pd.Index(in_order([*printed.index, *(method for _, method in results)]), name="method")
     values = pd.DataFrame(np.nan, index=methods, columns=printed.columns)
     for (dataset, method), measured in results.items():
         for metric, value in measured.items():
-            if (dataset, metric) not in printed: raise CafError(f"table {n} has no column {dataset}, {metric}")
+            if dataset in printed and metric not in printed[dataset]:
+                raise CafError(f"table {n} has no column {dataset}, {metric}")
             values.loc[method, (dataset, metric)] = value
-    found = pd.DataFrame({"paper": printed.reindex(methods).unstack(), "ours": values.unstack()}).reset_index()
+    if results and not {dataset for dataset, _ in results} & set(printed.columns.get_level_values(0)):
+        values = values.drop(columns=printed.columns)  # sets of your own alone
+    paper = printed.reindex(index=methods, columns=values.columns)
+    found = pd.DataFrame({"paper": paper.unstack(), "ours": values.unstack()}).reset_index()
     noted = {(note.dataset, note.metric, note.row): note.text for note in notes(n)}
     found = found.assign(
         table=n, delta=found.ours - found.paper,
         verdict=[_verdict(c.paper, c.ours, profile, tolerance * _unit(c.metric)) for c in found.itertuples()],
-        note=[noted.get((c.dataset, c.metric, c.method), "") for c in found.itertuples()])
+        note=[noted.get((c.dataset, c.metric, c.method), empty.get(c.method, "")) for c in found.itertuples()])
     return found[["table", "dataset", "method", "metric", "paper", "ours", "delta", "verdict", "note"]]
 
 def _unit(metric: str) -> float: return 0.01 if metric in ("MI", "VIF") else 1.
@@ -130,7 +136,7 @@ def conclusion(compared: pd.DataFrame, # of `compare`
     if profile.data.source == "published":
         agree, differ = verdicts.get("reproduced", 0), verdicts.get("not reproduced", 0)
         said += f"{agree} agree with the printed ones, {differ} do not."
-    else: said += "The scenes are synthetic, so this does not test the paper's values."
+    else: said += "These are not the paper's settings, so this does not test its values."
     values = compared[compared.groupby(["dataset", "metric"]).paper.transform("count") > 0]
     values = values.pivot(index="method", columns=["dataset", "metric"], values="ours")
     lines = [f"- {s.where}: {s.says} Printed: {_found(support(s, name=_name))} "
@@ -210,6 +216,13 @@ def listed(text: object,                  # names with commas, as a command line
     "The names one by one."
     names = map(str, text) if isinstance(text, (list, tuple)) else str("" if text is None else text).split(",")
     return [name.strip() for name in names if name.strip()] or list(default)
+
+# %% ../../nbs/lib/33_tables.ipynb #2dcc4977
+def empty_rows(why: Mapping[str, str], # of `left_out`
+) -> str:                              # Markdown
+    "Why rows of a table are empty."
+    return "\n".join(f"- {row_style(row).title} is empty: {printable(reason, 400)}" for row, reason in why.items())
+
 
 # %% ../../nbs/lib/33_tables.ipynb #glance02
 def _of_seeds(cells: Path, dataset: str, row: str, metric: str) -> tuple[float, str]:

@@ -31,7 +31,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
-from ..checkpoints import checksums
+from ..checkpoints import checksums, identify
 from ..config import DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings
 from ..core import CafError, device, printable, replacing, seeded
 from ..data import Scene, luma, read_image, recolor_uint8, to_uint8
@@ -45,7 +45,7 @@ from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, caf_recipe, finetune_detector, finetune_segmenter, train_fusion,
     train_joint, write_mask_folder, write_yolo_folder,
 )
-from ..losses.vgg import load_vgg
+from ..losses.vgg import Vgg, load_vgg
 from ..zoo import Recipe, build_network, find_method
 
 # %% ../../nbs/lib/29_stages.ipynb #7672c033
@@ -146,7 +146,9 @@ class Weights(BaseModel):
         pattern = file.name if file.is_file() else f"{file.name}/**/*"
         return given | {"mark": f"{file.name} {_fingerprint(file.parent, pattern)}"}
 
-    def run(self) -> PretrainedWeights: return PretrainedWeights(Path(self.file), self.mark.rpartition(" ")[0])
+    def run(self) -> PretrainedWeights: # a task network says itself what it took from a file that was given
+        ours = " of the package" in self.mark
+        return PretrainedWeights(Path(self.file), self.mark.rpartition(" ")[0] if ours else "")
 
 # %% ../../nbs/lib/29_stages.ipynb #1b7439cf
 def bundled_weights(name: str, # such as "yolov5n.safetensors", or a folder
@@ -217,7 +219,7 @@ def _task_network(data: Data, settings: _Settings, start: Start, seed: int) -> D
     pretrained = start.run() if start else None
     network = Detector if isinstance(settings, DetectorSettings) else Segmenter
     task = network(data.classes, settings.model, pretrained and pretrained.file, seed)
-    if pretrained: task.provenance = pretrained.provenance
+    if pretrained and pretrained.provenance: task.provenance = pretrained.provenance
     if pretrained and getattr(settings, "recipe", "") == "plain": task.net.eval() # as mini was made
     return task
 
@@ -240,13 +242,15 @@ def _initial_network(stage: Any) -> nn.Module:
     if stage.fusion_start: return load_fusion(stage.network, stage.fusion_start.file, "cpu")
     with seeded(stage.seed): return build_network(stage.network)
 
+def _vgg(stage: Any) -> Vgg: return load_vgg(stage.vgg.file if isinstance(stage.vgg, Weights) else stage.vgg)
+
 def _initial(stage: Any) -> str:
     "What it starts from."
     return stage.fusion_start.run().provenance if stage.fusion_start else f"random (seed {stage.seed})"
 
 def _search(stage: "Search") -> Searched:
     "Algorithm 1 with the settings of a stage."
-    start, vgg, where = time.perf_counter(), load_vgg(stage.vgg), device()
+    start, vgg, where = time.perf_counter(), _vgg(stage), device()
     task = _task_network(stage.data, _only_one(stage.detector, stage.segmenter), stage.start, stage.seed)
     net, space = _initial_network(stage).to(where), LossSpace(stage.variant, vgg).to(where)
     train, val = in_memory(stage.data.split("train")), in_memory(stage.data.split("val"))
@@ -270,7 +274,7 @@ class Search(BaseModel):
     segmenter: SegmenterSettings | None = None
     network: str = "caf"                             # a method, whose network is trained by the search
     variant: Literal["paper", "released"] | Variant = "paper"
-    vgg: str = "random"
+    vgg: str | Weights = "random"
     start: Start = Field(None, discriminator="kind") # of the task network
     fusion_start: Weights | None = None              # of the fusion network; None: random initialisation
     seed: int = 0
@@ -298,11 +302,11 @@ class Weighted(BaseModel):
     # in the order of TERMS
     beta: tuple[NonNegativeFloat, ...] = Field(min_length=len(TERMS), max_length=len(TERMS))
     variant: Literal["paper", "released"] | Variant = "paper"
-    vgg: str = "random"
+    vgg: str | Weights = "random"
 
     def run(self) -> Searched:
         "The weights in the form of a search's result."
-        about = {"loss": f"given weights, variant {self.variant}", "VGG of terms n, o": load_vgg(self.vgg).pretrained}
+        about = {"loss": f"given weights, variant {self.variant}", "VGG of terms n, o": _vgg(self).pretrained}
         return Searched(dict(zip(TERMS, self.beta)), pd.DataFrame(), about)
 
 # %% ../../nbs/lib/29_stages.ipynb #fa1b18fe
@@ -397,7 +401,7 @@ def _recipe(stage: TrainFusion) -> tuple[Recipe | tuple[Recipe, ...], dict[str, 
     if isinstance(stage.loss, Published):
         shorter = ", cut short" if stage.loss.model_dump(exclude={"kind"}, exclude_none=True) else ""
         return stage.loss.recipe(stage.network), {"loss": f"of {stage.network}'s authors{shorter}"}
-    found, space = stage.loss.run(), LossSpace(stage.loss.variant, load_vgg(stage.loss.vgg))
+    found, space = stage.loss.run(), LossSpace(stage.loss.variant, _vgg(stage.loss))
     return caf_recipe(space, _beta(found), cast(FusionSettings, stage.settings)), found.provenance
 
 # %% ../../nbs/lib/29_stages.ipynb #5ebe90ce
@@ -416,7 +420,7 @@ class TrainJoint(_FusionTraining):
 
     @infra.apply
     def run(self) -> Trained:
-        found, space, where = self.loss.run(), LossSpace(self.loss.variant, load_vgg(self.loss.vgg)), device()
+        found, space, where = self.loss.run(), LossSpace(self.loss.variant, _vgg(self.loss)), device()
         net, settings = _initial_network(self).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
         history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,
@@ -448,7 +452,8 @@ class Method(BaseModel):
 
     def provenance(self) -> dict[str, str]:
         if find_method(self.method).read is None: return {"fusion network": f"none, {self.method} itself"}
-        return {"fusion network": f"{self.method} with {self.weights or 'the weights of the package'}"}
+        weights = identify(Path(self.weights)) if self.weights else "the weights of the package"
+        return {"fusion network": f"{self.method} with {weights}"}
 
     def label(self) -> str:
         return "" if find_method(self.method).read is None else Path(self.weights).name or "weights of the package"

@@ -25,9 +25,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ..checkpoints import identify
 from ..core import CafError
 from ..data import Batch
-from .detector import DETECTORS, contained_ultralytics, is_coco, read_network, yolo_batch
+from .detector import DETECTORS, contained_ultralytics, noted, read_network, yolo_batch
 from .task import check_images, check_rows
 
 # %% ../../nbs/lib/14_anchors.ipynb #1e825cb5
@@ -75,7 +76,7 @@ def _by_name(ours: Tensor, theirs: Tensor, rows: Sequence[tuple[int, int]]) -> T
 
 # %% ../../nbs/lib/14_anchors.ipynb #2ae52d5b
 def _load_network(net: Any, file: str | Path, model: str, classes: Sequence[str], seed: int) -> list[str]:
-    "Load trained weights into `net`, and return notes for the provenance. Raises `CafError` if the file is unreadable or holds another network."
+    "Load trained weights; returns notes. Raises `CafError` if the file is unreadable or holds another network."
     (theirs, names), ours = read_network(file), net.state_dict()
     known = {name.strip().lower(): i for i, name in enumerate(names)}
     rows = [(i, known[name.lower()]) for i, name in enumerate(classes) if name.lower() in known]
@@ -88,7 +89,7 @@ def _load_network(net: Any, file: str | Path, model: str, classes: Sequence[str]
     net.load_state_dict({name: _by_name(t, theirs[name], rows) if name in widths else theirs.get(name, t)
                          for name, t in ours.items()})
     new = [name for name in classes if name.lower() not in known]
-    return ["COCO, by its name"] * is_coco(file, names, model) + [f"no {', '.join(new)} in it, seed {seed}"] * bool(new)
+    return [f"{len(names)} classes"] + [f"no {', '.join(new)} in it, seed {seed}"] * bool(new)
 
 # %% ../../nbs/lib/14_anchors.ipynb #956d7ddc
 class AnchorDetector(nn.Module):
@@ -115,7 +116,7 @@ class AnchorDetector(nn.Module):
         self.provenance = f"random (seed {seed})"
         if weights is None: return
         notes = _load_network(self.net, weights, model, self.classes, seed)
-        self.provenance = Path(weights).name + (f" ({'; '.join(notes)})" if notes else "")
+        self.provenance = noted(identify(Path(weights)), notes)
 
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32
              targets: Sequence[Tensor],         # B tensors (n,5): class, cx, cy, w, h; relative; n may be 0
