@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from caf_nb.cli import report_app
 from caf_nb.config import Profile
 from caf_nb.report import build_report, compare, paper_table, show_table
-from caf_nb.report.page import run_notebook
+from caf_nb.report.page import _accepted, run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ("profile = 'mini'; out = ''", ["parameters"])
@@ -111,6 +111,13 @@ def test_a_run_on_published_data_looks_first(tmp_path, monkeypatch):
     assert run.exit_code == 1 and "Traceback" not in run.stderr
     assert all(words in run.stderr for words in ("things are missing", "M3FD", "MFNet")) and "DIDFuse" not in run.stderr
     assert "needs are missing" in run.stdout and "Rows that stay empty: DIDFuse" in run.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_notebook_gets_the_parameters_that_it_has():
+    "Since notebooks refuse others; every paper notebook takes part in every run."
+    given = dict.fromkeys(("profile", "workers", "data_root", "without"), "x")
+    known = {name: set(_accepted(ROOT / f"nbs/{name}.ipynb", given)) for name in ("table1", "claims", "figure1")}
+    assert known == {"table1": given.keys() - {"workers"}, "claims": given.keys(), "figure1": {"profile"}}
 
 
 def wide_tables() -> str:

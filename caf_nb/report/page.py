@@ -122,6 +122,14 @@ def _known(file: Path) -> dict[str, Ran]:
     try: return {name: Ran(*ran) for name, ran in json.loads(file.read_text()).items()}
     except (OSError, ValueError, TypeError): return {}
 
+# %% ../../nbs/lib/36_page.ipynb #1d2ac18f
+def _accepted(notebook: Path, given: Mapping[str, object]) -> dict[str, object]:
+    "Those of the parameters that a notebook has; it refuses others."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    own = "".join(line for c in cells if "parameters" in c["metadata"].get("tags", ()) for line in c["source"])
+    return {name: value for name, value in given.items() if re.search(rf"^{name} *=", own, re.MULTILINE)}
+
+
 # %% ../../nbs/lib/36_page.ipynb #d02a6f78
 async def _run_all(notebooks: Mapping[str, Path], folder: Path, given: Mapping[str, object], jobs: int,
                    done: dict[str, Ran], bar: tqdm) -> None:
@@ -139,7 +147,9 @@ async def _run_all(notebooks: Mapping[str, Path], folder: Path, given: Mapping[s
         sources[name] = str([c["source"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]])
         now = mark(sources[name])
         if old and (old.fingerprint, old.error) == (now, "") and executed.is_file(): ran[name] = Ran(now, reused=True)
-        else: ran[name] = Ran(now, await run_notebook(path, executed, given, jobs, partial(tell, name)))
+        else:
+            own = _accepted(path, given)
+            ran[name] = Ran(now, await run_notebook(path, executed, own, jobs, partial(tell, name)))
         at.pop(name, None)
         bar.update()
 
