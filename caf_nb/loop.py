@@ -58,7 +58,9 @@ def read_state(file: Path | None,      # None: nothing is kept
 ) -> dict[str, Any] | None:            # None: there is no state yet
     "Read a state. Raises `CafError` if it is damaged or belongs to another training."
     if file is None or not file.exists(): return None
-    try: state = _read_whole(file)
+    try:
+        if not file.is_file(): raise ValueError("no regular file")
+        state = _read_whole(file)
     except Exception as error:  # whatever a reader raises on bytes that are no state
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CafError(f"is no state of a training ({line})", file, _STATE_REMEDY) from None

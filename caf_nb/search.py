@@ -61,12 +61,13 @@ class SearchResult:
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":
         "What `save` wrote. Raises `CafError` if a file is no such result."
+        if not Path(path).is_file(): raise CafError("there is no such file", path, "Check the path")
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             alpha, history = torch.tensor(found["alpha"]), pd.DataFrame(found["history"], columns=found["columns"])
-            if alpha.shape == (len(TERMS),): return cls(alpha, history, bool(found["converged"]))
+            if alpha.shape == (len(TERMS),) and alpha.isfinite().all(): return cls(alpha, history, bool(found["converged"]))
         except OSError as error: raise CafError(f"cannot be read ({error.strerror})", path, "Check the path") from None
-        except (ValueError, KeyError, TypeError): pass # whatever else it is
+        except Exception: pass # whatever else it is
         raise CafError("is no result of a search", path, "Name a file that SearchResult.save wrote")
 
 # %% ../nbs/lib/21_search.ipynb #fa8cb35d
