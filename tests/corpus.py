@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def _footer(size: int) -> bytes:
 def _deflated(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
-        archive.writestr("archive/data/0", bytes(10**9 // 2))
+        archive.writestr("archive/data/0", bytes(10**8))
 
 
 # Pictures
@@ -159,6 +160,7 @@ def array_tiff(array: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
+@cache
 def pictures() -> Make:
     gray = Image.fromarray((np.add.outer(np.arange(48), np.arange(64)) * 2).astype(np.uint8))
     colour, made = Image.merge("RGB", [gray, gray.rotate(180), gray]), Make()
@@ -197,7 +199,7 @@ def labels() -> Make:
            "names": f"<annotation>{'<object><name>x</name></object>' * 9}</annotation>", "encoding": '<?xml version="1.0" encoding="no-such"?><a/>', "utf7": '<?xml version="1.0" encoding="utf-7"?><a/>', "binary": "\0" * 99, "large": " " * 3_000_000, "stranger": VOC.format(1).replace("People", "\x85\u202e" * 9)}
     txt = {"four": "0 .5 .5 .3", "six": "0 .5 .5 .3 .4 .9", "float": "0.0 .5 .5 .3 .4", "minus": "-1 .5 .5 .3 .4", "class": "9" * 5000 + " .5 .5 .3 .4", "inf": "0 inf .5 .3 .4", "under": "0 1_0 .5 .3 .4", "arabic": "\u0661 .5 .5 .3 .4",
            "pixels": "0 32 32 9 9", "thin": "0 .5 .5 0 .4", "line": "a" * 2_000_000, "escape": "\x1b[2J .5 .5 .5 .5", "null": "0 .5 .5 .3 \0", "latin": "0 .5 .5 .3 .4 \xe9"}
-    yaml = {"aliases": "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij")) + "names: *j", "merge": "a: &a {x: 1}\nb: {<<: [*a, *a]}", "depth": "[" * 60_000, "map": "{" * 60_000,
+    yaml = {"aliases": "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij")) + "names: *j", "merge": "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefghi", "bcdefghij")), "depth": "[" * 60_000, "map": "{" * 60_000,
             "python": "names: !!python/object/apply:os.getcwd []", "number": "names: 3", "keys": "names: {-1: a}", "gap": "names: {0: a, 5: b}", "int": "names: {" + "9" * 5000 + ": a}", "date": "names: [2024-99-99]", "tab": "\tnames: [a]", "sixty": "a: 1:99:" + "9" * 9}
     return {f"{name}.xml": content(text) for name, text in xml.items()} | {f"{name}.txt": content(text.encode("latin-1", "replace") if name == "latin" else text) for name, text in txt.items()} | {
         f"{name}.yaml": content(text) for name, text in yaml.items()} | {"pipe.xml": os.mkfifo, "device.txt": lambda path: path.symlink_to("/dev/zero"), "folder.yaml": lambda path: path.mkdir(), "utf16.txt": content("0 .5 .5 .3".encode("utf-16"))}

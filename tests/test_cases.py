@@ -299,7 +299,7 @@ class Mean(Objective):
 
 
 def test_crops_are_cut_before_they_are_stacked():
-    "Taken out: `_crops`. Then `stack` expected tensors of one size."
+    "Taken out: `_crops`, with `_cropped` of the whole batch in its place. Then scenes of three sizes were refused, whatever the crop."
     scenes = [SynthScenes(1, size, seed=1)[0] for size in ((32, 48), (40, 36), (64, 64))]
     recipe = Recipe(Mean, lambda parameters: torch.optim.SGD(parameters, 1e-3), 1, 3, crop=24)
     assert len(train_fusion(nn.Conv2d(2, 1, 1), scenes, recipe, progress=False).losses) == 1

@@ -9,12 +9,15 @@ import argparse
 import gc
 import json
 import os
+import random
 import resource
 import signal
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -36,7 +39,7 @@ from caf_nb.cli import data_app, eval_app, fuse_app  # noqa: E402
 from caf_nb.core import CafError  # noqa: E402
 from caf_nb.data import image_size, listed_names, read_blocks, read_image, read_mask, read_pair, read_split, read_yolo, write_png  # noqa: E402
 from caf_nb.data.sets import _read_voc  # noqa: E402
-from caf_nb.fusion import load_fusion  # noqa: E402
+from caf_nb.fusion import fuse_folder, load_fusion  # noqa: E402
 from caf_nb.loop import read_state  # noqa: E402
 from caf_nb.losses.vgg import load_vgg  # noqa: E402
 from caf_nb.rows import Cell, read_cell  # noqa: E402
@@ -158,6 +161,45 @@ def run(kind: str, files: Iterable[Path], readers: READERS) -> tuple[Counter[str
     return counts, peak, odd
 
 
+def kill_trainings(kills: int) -> int:
+    "Kill each training at random moments until there were so many kills; gives how many ended with other bits."
+    wrong = 0
+    for kind in ("fusion", "segmenter", "joint", "detector"):
+        with tempfile.TemporaryDirectory() as place:
+            done = subprocess.run([sys.executable, str(ROOT / "tests/killed.py"), kind, place, str(kills)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"kills": 0, "trainings": [(0, False)]}
+        bad = sum(not same for _, same in found["trainings"])
+        print(f"{kind}: {found['kills']} kills in {len(found['trainings'])} trainings, {bad} ended with other bits", flush=True)
+        wrong += bad
+    return wrong
+
+
+def kill_fuse(kills: int) -> int:
+    "Kill caf-fuse at random moments; gives how many pictures were not whole, or not as those of a run in peace."
+    scenes, wrong = SynthScenes(12, (96, 128), 3)[:], 0
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        for kind in ("ir", "vi"):
+            (root / kind).mkdir()
+            for scene in scenes: write_png(root / kind / f"{scene.stem}.png", getattr(scene, kind))
+        net = load_fusion("caf", device="cpu")
+        fuse_folder(net, root / "ir", root / "vi", root / "whole", progress=False)
+        for i in range(kills):
+            pid = os.fork()
+            if not pid:
+                fuse_folder(net, root / "ir", root / "vi", root / f"out{i}", progress=False)
+                os._exit(0)
+            time.sleep(random.Random(i).uniform(0.02, 0.8))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            left = list((root / f"out{i}").glob("*.png")) if (root / f"out{i}").exists() else []
+            wrong += sum(file.read_bytes() != (root / "whole" / file.name).read_bytes() for file in left)
+            fuse_folder(net, root / "ir", root / "vi", root / f"out{i}", progress=False, overwrite=False)
+            wrong += sum(file.read_bytes() != (root / f"out{i}" / file.name).read_bytes() for file in (root / "whole").glob("*.png"))
+    print(f"caf-fuse: {kills} kills, {wrong} pictures were not whole, or not the same after a second run", flush=True)
+    return wrong
+
+
 def main(draw: int = 1, only: str = "") -> int:
     warnings.simplefilter("ignore")
     failures = 0
@@ -183,4 +225,4 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="checkpoints, pictures or labels")
     parser.add_argument("--kills", type=int, default=0)
     given = parser.parse_args()
-    sys.exit(1 if main(given.draw, given.only) else 0)
+    sys.exit(1 if (kill_fuse(given.kills) + kill_trainings(given.kills) if given.kills else main(given.draw, given.only)) else 0)
