@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import random
-import resource
 import signal
 import shutil
 import socket
@@ -130,23 +129,28 @@ def no_sockets() -> None:
     socket.socket = forbidden  # type: ignore[misc,assignment]
 
 
+def memory(name: str) -> float:
+    "A line of this process's status, in MB."
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1024
+
+
 def fork(work: Callable[[], dict[str, str]]) -> tuple[dict[str, str], float]:
-    "What `work` gives in a fork with standard error closed, and how many MB it needed beyond what was there."
+    "What `work` gives in a fork with standard error caught, and how many MB it needed beyond what the fork began with."
     gc.collect()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
     file = Path(tempfile.mkstemp()[1])
     pid = os.fork()
     if not pid:
         try:
             no_sockets()
             os.dup2(os.open(file.with_suffix(".err"), os.O_WRONLY | os.O_CREAT), 2)
-            file.write_text(json.dumps(work()))
+            before = memory("VmRSS")
+            file.write_text(json.dumps([work(), memory("VmHWM") - before]))
         finally: os._exit(0)
-    _, status, used = os.wait4(pid, 0)
-    found = json.loads(file.read_text() or '{"process": "else: it died"}')
+    os.waitpid(pid, 0)
+    found, used = json.loads(file.read_text() or '[{"process": "else: it died"}, 0]')
     if noise := file.with_suffix(".err").read_text(errors="replace").strip(): found["stderr"] = f"else: printed {noise[:150]!a}"
     for path in (file, file.with_suffix(".err")): path.unlink()
-    return found, used.ru_maxrss / 1024 - before
+    return found, used
 
 
 def run(kind: str, files: Iterable[Path], readers: READERS) -> tuple[Counter[str], float, list[str]]:
