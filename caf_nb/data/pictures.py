@@ -69,7 +69,8 @@ class _Kind(NamedTuple):
 
     def check(self, path: Path, max_pixels: int | None) -> None:
         "Raises `CafError` if there are more channels than a picture has, or more pixels than the limit."
-        (w, h), most, each = self.size, _max_pixels() if max_pixels is None else max_pixels, self.channels * self.itemsize
+        (w, h), each = self.size, self.channels * self.itemsize
+        most = _max_pixels() if max_pixels is None else max_pixels
         if not 1 <= self.channels <= 4: raise CafError(f"has {self.channels} channels", path, "Save it as gray or RGB")
         if w * h <= 0: raise CafError(f"claims {w}x{h} pixels", path, "Copy or export the picture again")
         if w * h > most or w * h * each > 8 * most:
@@ -343,7 +344,8 @@ def _split_four(path: Path, max_pixels: int | None) -> tuple[Tensor, Tensor] | N
     "The two pictures in one file of four channels; None if its fourth one is empty or absent."
     pixels, white = _decoded(path, max_pixels, colours=False)
     if pixels.ndim != 3 or pixels.shape[2] != 4 or (pixels[..., 3] == pixels[0, 0, 3]).all(): return None
-    warnings.warn(f"{path}: ir and vi are one file; its fourth channel is taken as infrared, as in MFNet.", stacklevel=4)
+    warnings.warn(f"{path}: ir and vi are one file; its fourth channel is taken as infrared, as in MFNet.",
+                  stacklevel=4)
     return _planes(pixels[..., 3:], 0, white), _planes(pixels[..., :3], 0, white)
 
 # %% ../../nbs/lib/04_pictures.ipynb #9586ea61

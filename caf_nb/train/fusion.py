@@ -211,7 +211,7 @@ def _draw(log: Log, net: nn.Module, scenes: Sequence[Scene], where: torch.device
 # %% ../../nbs/lib/22_fusion_training.ipynb #67878585
 # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
 def train_fusion(net: nn.Module,
-                 scenes: Sequence[Scene],            # of one size, or all larger than the crop; a list, if making one is slow
+                 scenes: Sequence[Scene],            # of one size, or larger than the crop; a list, if making one is slow
                  recipe: Recipe | Sequence[Recipe],  # stages in order: `caf_recipe(...)`, or the `recipe` of a `Method`
                  seed: int = 0,                      # of the batch order, and of what the objectives draw
                  progress: bool = True,              # show a bar
