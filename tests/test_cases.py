@@ -183,7 +183,7 @@ def test_what_is_no_infrared_picture(cases, tmp_path):
 
 
 def test_a_name_that_is_no_text(cases, tmp_path):
-    "Taken out: Pillow, with OpenCV's imread in its place. Then the process ended with a segmentation fault."
+    "OpenCV's imread ends the process with a segmentation fault here."
     result = fuse_folder(Source("mean"), cases / "names/ir", cases / "names/vi", tmp_path / "out", progress=False)
     assert len(result.done) == 2 and not result.failures and len(os.listdir(os.fsencode(tmp_path / "out"))) == 2
 
@@ -238,7 +238,7 @@ def test_labels_that_are_right(cases, tmp_path, name):
 @pytest.mark.parametrize("name, sentence", [("six_columns", "1.txt: line 1 is not `class cx cy w h`"), ("negative_width", "1.txt: has a box that is wrong .empty box"),
                                             ("float_class", "1.txt: line 1 is not .* the class '0.0' is no whole number")])
 def test_labels_of_a_detector(cases, tmp_path, name, sentence):
-    "Taken out: `read_yolo` in `_check_split`. Then the picture dropped out of the training without a word, or the message spoke of two classes."
+    "Taken out: `box_fault`. Then the training with a negative width began."
     with pytest.raises(CafError, match=sentence):
         finetune_detector(Detector(CLASSES), cases / "detector" / name, None, 64, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -250,7 +250,7 @@ def test_a_mark_before_a_label_is_read(cases):
 
 
 def test_masks(tmp_path):
-    "Taken out: `_check_classes`. Then the RuntimeError came after the training; and the test of a batch without labels: then NotFinite."
+    "Taken out: `_check_classes`. Then a RuntimeError came after the training."
     judge, image = Segmenter(CLASSES), torch.rand(3, 32, 32)
     settings = SegmenterSettings(model="tiny", steps=2, batch_size=1, lr=1e-4, pretrained=False)
     good, foreign, empty = (torch.full((32, 32), value) for value in (1, 7, 255))
@@ -319,7 +319,7 @@ def test_weights_of_several_cards(tmp_path, method):
 
 
 def test_parameters_of_a_notebook(tmp_path, monkeypatch):
-    "Taken out: `_text` and the conversions in `listed`. Then a ValidationError and a TypeError came through."
+    "As papermill hands them over."
     from caf_nb.config import Profile
     monkeypatch.chdir(tmp_path)
     assert Setup(profile=Profile.named("smoke"), data_root=2024, fused_root=None).data_root == "2024"

@@ -72,7 +72,7 @@ def test_a_kernel_that_dies_is_told(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, *(pytest.param(how, marks=pytest.mark.long) for how in (signal.SIGTERM, signal.SIGKILL))])
 def test_an_interrupted_report_stops_its_notebooks(tmp_path, how):
-    "After a signal to the report alone, no process of it is left, kernels included. Taken out: `_WATCH`. Then the kernel of a killed report went on."
+    "After a signal to the report alone, no process of it is left, kernels included."
     notebook(tmp_path / "nbs/table1.ipynb", GIVEN, (f"import os, time; open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid())); time.sleep(600)", []))
     command = [sys.executable, "-c", "from caf_nb.cli import report_app; report_app()", "--out", str(tmp_path / "out"), "--notebooks", str(tmp_path / "nbs")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -93,7 +93,7 @@ def test_an_interrupted_report_stops_its_notebooks(tmp_path, how):
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_reports_in_one_folder(tmp_path):
-    "The second waits, and runs nothing again. Taken out: the lock in `build_report`. Then one or both ended with exit code 1."
+    "The second waits, and runs nothing again."
     notebook(tmp_path / "nbs/table1.ipynb", GIVEN, (f"import os, time; open({str(tmp_path / 'ran')!r}, 'a').write('x'); time.sleep(3)", []))
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     command = [sys.executable, "-c", "from caf_nb.cli import report_app; report_app()", "--out", str(tmp_path / "out"), "--notebooks", str(tmp_path / "nbs")]
