@@ -12,7 +12,7 @@ BIN     := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo report docs test test-all types cells sync notebooks install clean
+.PHONY: demo report docs test test-slurm test-all types cells sync notebooks install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -32,6 +32,10 @@ test: picked := -m "not long"
 test test-all: install sync
 	$(MAKE) --no-print-directory -j 2 types cells
 	pytest -n 2 --dist loadfile $(picked)
+
+# Table 1 on a Slurm of this machine, with a cancelled job and a daemon that dies; says why where Slurm cannot be installed.
+test-slurm: install
+	python tools/slurm.py
 
 types: install
 	mypy caf_nb

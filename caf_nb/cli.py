@@ -372,6 +372,7 @@ def _run_notebooks(profile: str, out: str, notebooks: Path, inputs: _Inputs, fre
 report_app = _app()
 _report_out = "Folder for tables, pictures and the page; default out/smoke, results/mini or results/paper."
 _report_weights = "Weights of methods, METHOD/published file or METHOD.safetensors, and of task networks."
+_report_execution = "Where the stages of tables run: local, processes=N, or slurm,partition=...,gpus=...,hours=..."
 
 @report_app.command()
 def _caf_report(
@@ -382,6 +383,7 @@ def _caf_report(
     fused_root: Annotated[str, _folder(help="Pictures fused elsewhere, METHOD/DATASET/STEM.png.")] = "",
     without: Annotated[str, typer.Option(metavar="A,B,...", help="Rows to leave out.")] = "",
     notebooks: Annotated[Path, _folder(help="Where the paper notebooks are.")] = Path("nbs"),
+    execution: Annotated[str, typer.Option(help=_report_execution)] = "local",
     jobs: Annotated[int, typer.Option(min=0, help="Notebooks at a time; 0: one on a CUDA device, else two.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run also what has not changed.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a run on published data.")] = False,
@@ -394,7 +396,7 @@ def _caf_report(
     """
     with _errors_as_text("caf-report"):
         inputs = {"data_root": _existing(data_root), "weights_root": _existing(weights_root),
-                  "fused_root": _existing(fused_root), "without": without}
+                  "fused_root": _existing(fused_root), "without": without, "execution": execution}
         _look_first(profile, out, inputs, yes)
         signal.signal(signal.SIGTERM, signal.default_int_handler) # ends the kernels too, as Ctrl-C does
         if _run_notebooks(profile, out, notebooks, inputs, fresh, jobs, as_json): raise typer.Exit(1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Beta', 'Model', 'ROWS', 'Stages', 'searched', 'weighted', 'own_weights', 'steady', 'Style', 'Row', 'row_style',
            'in_order', 'Setup', 'row_needs', 'left_out', 'check', 'table1', 'table2', 'table3', 'Cell', 'cell_file',
-           'read_cell', 'cell', 'cells', 'provenance', 'scores', 'configurations']
+           'read_cell', 'cell', 'elsewhere', 'cells', 'provenance', 'scores', 'configurations']
 
 # %% ../nbs/lib/31_rows.ipynb #822ec0ab
 import math
@@ -26,7 +26,8 @@ from .needs import Need, find_needs, method_need, require
 from .stages.sources import Data, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights
 from caf_nb.stages import (
     FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
-    Search, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, has_pictures, weights_file,
+    Search, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
+    parse_execution, weights_file,
 )
 
 # %% ../nbs/lib/31_rows.ipynb #b6c22c24
@@ -59,7 +60,7 @@ class _Shared(BaseModel):
     trained: tuple[str, ...] = ()   # methods that are trained here with their own loss if they have no weights
     without: tuple[str, ...] = ()   # rows to leave out
     cache: str = "out/cache"        # where the stages keep their results
-    cluster: str | None = None      # exca's: None (in this process), "local", "slurm"
+    execution: str = "local"        # where stages run: local, processes=N or slurm,..., as for `parse_execution`
 
     @field_validator("data_root", "weights_root", "fused_root", mode="before")
     @classmethod
@@ -67,7 +68,7 @@ class _Shared(BaseModel):
         return "" if folder is None else str(folder)
 
     @property
-    def infra(self) -> Any: return {"folder": str(Path(self.cache).resolve()), "cluster": self.cluster}
+    def infra(self) -> Any: return {"folder": str(Path(self.cache).resolve()), **parse_execution(self.execution)}
 
     @property
     def tasks(self) -> list[Task]: # those that there is data for
@@ -372,12 +373,21 @@ def cell(stage: Any,        # a stage with `scores` and `provenance`
     with replacing(file) as part: part.write_text(made.model_dump_json(indent=1) + "\n")
     return made
 
+def elsewhere(stages: Sequence[Any]) -> None:
+    "Run stages as jobs, if their `execution` says so, and show a live table of them in a notebook."
+    if not any(stage.infra.cluster for stage in stages): return
+    from IPython.display import display
+    handle = display(pd.DataFrame(), display_id=True)
+    compute(stages, handle.update if handle else lambda table: tqdm.write(f"{table.to_string()}\n"))
+
 def cells(stages: Mapping[tuple[str, str], Any], # of a table
           folder: str | Path,                    # of the cells
           seed: int = 0,                         # in the names of the files
           progress: bool = True,                 # show a bar
 ) -> dict[tuple[str, str], Cell]:                # (data set, row) -> numbers
     "The numbers of a table; finished cells are read."
+    elsewhere([stage for (dataset, row), stage in stages.items()
+               if not read_cell(stage, cell_file(folder, dataset, row, seed))])
     bar = tqdm(stages.items(), desc="cells", disable=not progress)
     return {(dataset, row): cell(stage, cell_file(folder, dataset, row, seed)) for (dataset, row), stage in bar}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['textbook_hypergradient', 'write_whole', 'textbook_space', 'peak_memory', 'between', 'loss_effects', 'step_effects',
-           'picture_effects']
+           'picture_effects', 'released_loop']
 
 # %% ../../nbs/lib/20_oracle.ipynb #17089d75
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Literal
 
+import cv2
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -179,3 +181,20 @@ def picture_effects(fused: Tensor, # (B,1,H,W), raw output of the network
             "truncation instead of rounding, mean, gray levels": (right - bytes_)[~wrapped].abs().float().mean().item(),
             "blue instead of Y, mean error, gray levels": 255 * (blue - fused.clamp(0, 1)).abs().mean().item(),
             "share of pixels whose RGB is clamped": _clamped(fused, vi)}
+
+# %% ../../nbs/lib/20_oracle.ipynb #f4589b97
+def released_loop(net: nn.Module,                          # FusionNet, as loaded
+                  pairs: Sequence[tuple[str, Path, Path]], # stem, infrared and visible file
+                  out: Path,                               # folder for STEM.png
+) -> None:
+    "Fuse files as the released evaluation does. Source: our notes on the released script."
+    from kornia.color import rgb_to_ycbcr
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        for stem, ir, vi in pairs:
+            gray, colour = cv2.imread(str(ir), cv2.IMREAD_GRAYSCALE), cv2.imread(str(vi), cv2.IMREAD_COLOR)
+            tensors = torch.from_numpy(gray)[None], torch.from_numpy(colour[..., ::-1].copy()).permute(2, 0, 1)
+            infrared, visible = (tensor[None].float() / 255 for tensor in tensors)
+            fused = 255 * net(infrared, rgb_to_ycbcr(visible)[:, :1])[0, 0].detach().numpy()
+            chroma = cv2.cvtColor(colour, cv2.COLOR_BGR2YCrCb)
+            chroma[..., 0] = fused.astype(np.int32).astype(np.uint8)
+            cv2.imwrite(str(out/f"{stem}.png"), cv2.cvtColor(chroma, cv2.COLOR_YCrCb2BGR))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..core import CafError, optional
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
-from ..rows import Cell, Setup, Task, cell, cell_file, left_out, read_cell, row_style, steady
+from ..rows import Cell, Setup, Task, cell, cell_file, elsewhere, left_out, read_cell, row_style, steady
 from ..stages import Search
 
 # %% ../../nbs/lib/32_study.ipynb #e6f18597
@@ -155,6 +155,8 @@ def run_study(setup: Setup,               # of any seed
     setups = [setup.model_copy(update={"seed": seed}) for seed in seeds]
     found: dict[tuple[str, str, int], Cell] = {}
     starts = [start for task in setup.tasks if (start := setup.start(task)) is not None]
+    elsewhere([stage for one in setups for key, stage in _stages(one, claims).items()
+               if not read_cell(stage, cell_file(folder, *key, one.seed))])
     if not all(cell_file(folder, d, r, s).is_file() for d, r in needed(claims) for s in seeds):
         for start in starts: start.run()
     if workers == 1:
