@@ -145,6 +145,10 @@ def _fused_facts(results: dict[str, Any]) -> dict[str, Any]: # for a program
     return {method: {"fused": result.done, "skipped": result.skipped, "unmatched": result.unmatched,
                      "failures": result.failures, "seconds": result.seconds, "engine": result.engine} for method, result in results.items()}
 
+def _load_plugin(file: Path) -> None:
+    from caf_nb.fusion import load_plugin
+    load_plugin(file)
+
 def _demo_pairs(folder: Path) -> tuple[Path, Path, Path]: # ir, vi, and where to fuse to
     "Write four synthetic pairs."
     from caf_nb.data import write_png
@@ -178,6 +182,7 @@ def caf_fuse(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
     engine: Annotated[str, typer.Option(help=_fuse_engine)] = "auto",
     precision: Annotated[str, typer.Option(help=_fuse_precision)] = "float",
+    plugin: Annotated[Path | None, _file(help="Python file with a METHOD of yours, called as the file.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help=_fuse_demo)] = False,
     max_pixels: Annotated[int | None, typer.Option(min=1, show_default=False, help=_fuse_pixels)] = None,
     ir_range: Annotated[str, typer.Option(metavar="RANGE", help=_fuse_range)] = "full",
@@ -194,6 +199,7 @@ def caf_fuse(
         for name, given in (("--ir", ir), ("--vi", vi), ("--out", out)):
             if given is None: raise typer.BadParameter("it is missing; or try --demo", param_hint=f"'{name}'")
         assert ir and vi and out
+        if plugin: _load_plugin(plugin)
         methods = list(dict.fromkeys(m.strip().lower() for m in method.split(",") if m.strip()))
         files = _Fused(ir, vi, out, color, overwrite or demo, max_pixels, ir_range, engine, precision)
         results = _fuse_methods(methods or ["caf"], weights, device, files, demo, None if as_json else typer.echo)

@@ -41,7 +41,7 @@ from .data.pictures import Levels, percentile_levels
 from caf_nb.data import (
     Pair, PairFolder, html_row, luma, marked, read_image, read_pair, recolor, recolor_uint8, to_uint8, write_png,
 )
-from .zoo import METHODS, Method, build_network, find_method
+from .zoo import METHODS, Method, build_network, find_method, load_plugin
 
 # %% ../nbs/lib/18_fusion.ipynb #89e90775
 def _block(inputs: int, outputs: int, norm: bool = True) -> nn.Sequential:

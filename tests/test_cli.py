@@ -18,7 +18,7 @@ import caf_nb
 from caf_nb.cli import fuse_app
 from caf_nb.data import read_image, write_png
 from caf_nb.fusion import FusionNet, save_fusion
-from caf_nb.zoo import build_network, find_method
+from caf_nb.zoo import METHODS, build_network, find_method
 
 
 @pytest.fixture
@@ -146,6 +146,16 @@ def test_one_file(folder):
     run = caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/0.png", out=folder / "new/fused.png")
     assert run.exit_code == 0 and read_image(folder / "new/fused.png").shape == (3, 32, 48)
     assert caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/0.png", out=folder / "vi/0.png").exit_code == 1
+
+
+def test_plugin(folder):
+    "A file with a METHOD is a method of that name, for this run."
+    text(folder, "darker.py", "from torch import nn\nfrom caf_nb.zoo import Method\nclass Darker(nn.Module):\n    def forward(self, ir, vi): return ir.minimum(vi)\n"
+                              "METHOD = Method(Darker, 'Darker', read=None)\n")
+    try: run = caf_fuse(folder, plugin=folder / "darker.py", method="Darker,mean", weights=None, out=folder / "new")
+    finally: METHODS.pop("darker", None)
+    assert run.exit_code == 0 and sorted(p.name for p in (folder / "new").iterdir()) == ["darker", "mean", "sheet.png"]
+    assert caf_fuse(folder, plugin=folder / "vi/0.png").exit_code == 1
 
 
 def test_swapped_folders(folder):
