@@ -142,8 +142,8 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
 
 # %% ../nbs/lib/45_cli.ipynb #591306f0
 def _fused_facts(results: dict[str, Any]) -> dict[str, Any]: # for a program
-    return {method: {"fused": result.done, "skipped": result.skipped, "unmatched": result.unmatched,
-                     "failures": result.failures, "seconds": result.seconds, "engine": result.engine} for method, result in results.items()}
+    names = {"fused": "done", **{name: name for name in ("skipped", "unmatched", "failures", "seconds", "engine")}}
+    return {method: {name: getattr(result, field) for name, field in names.items()} for method, result in results.items()}
 
 def _load_plugin(file: Path) -> None:
     from caf_nb.fusion import load_plugin
@@ -234,7 +234,8 @@ def _measure(ir: Path, vi: Path, fused: list[Path], out: Path, metrics: str, con
     n, lost = frame.image.nunique(), frame[frame.value.isna()].image.nunique()
     means = frame.pivot_table(index="method", columns="metric", values="value", sort=False)
     table = means.rename_axis(index=None, columns=None).to_string(float_format="{:.4f}".format)
-    sentences = (table + "\n") * bool(len(means)) + f"{n - lost} of {n} images measured in convention {convention}, written to {out}"
+    counts = f"{n - lost} of {n} images measured in convention {convention}, written to {out}"
+    sentences = f"{table}\n{counts}" if len(means) else counts
     _answer(as_json, {"images": n, "lost": lost, "means": means.T.to_dict(), "out": out}, sentences)
     return lost
 

@@ -39,7 +39,8 @@ from .checkpoints import load_tensors, read_tensors, renamed, verified
 from .core import CafError, device as find_device, optional, printable, replacing
 from .data.pictures import Levels, percentile_levels
 from caf_nb.data import (
-    Pair, PairFolder, html_row, luma, marked, read_image, read_pair, recolor, recolor_uint8, to_uint8, write_png,
+    Pair, PairFolder, html_row, luma, marked, pair_shift, read_image, read_pair, recolor, recolor_uint8,
+    to_uint8, write_png,
 )
 from .zoo import METHODS, Method, build_network, find_method, load_plugin
 
@@ -457,6 +458,11 @@ def _targets(out: Path, pairs: Sequence[Pair]) -> dict[Pair, Path]: # where the 
     return targets
 
 # %% ../nbs/lib/18_fusion.ipynb #c2bae5b4
+def _warn_if_shifted(pairs: Sequence[tuple[Tensor, Tensor]], file: Path) -> None:
+    if (shift := pair_shift(pairs)) is None: return
+    warnings.warn(f"{file}: infrared lies about {shift[0]} rows and {shift[1]} columns off the visible pictures; "
+                  "register the pairs first, or every edge appears twice.", stacklevel=3)
+
 _WORDS = {"ir": {"ir", "tir", "lwir", "infrared", "thermal"}, "vi": {"vi", "vis", "rgb", "visible"}}
 
 def _named(file: Path) -> set[str]: # of "ir" and "vi"
@@ -582,16 +588,18 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
 
     pool = ThreadPoolExecutor(2)
     try:
-        ahead = _read_ahead(pool, pairs, **reading_as)
+        ahead, seen = _read_ahead(pool, pairs, **reading_as), []
         for pair, reading in tqdm(ahead, "fuse", len(pairs), unit="pair", disable=not progress):
             try:
                 ir_image, vi_image = reading.result()
+                if len(seen) < 6: seen.append((ir_image, vi_image))
                 with torch.inference_mode(): fused = fuse(net, ir_image, luma(vi_image))
                 writing.append((pair, pool.submit(_write_fused, targets[pair], fused, vi_image, color)))
             except Exception as error: failures.append(_failure(error, pair)) # whatever it is, the others must go on
             settle(2)
         settle(0)
     finally: pool.shutdown(cancel_futures=True)
+    _warn_if_shifted(seen, Path(ir))
     return FolderResult(done, failures, unmatched, targets, skipped, time.perf_counter() - start, told)
 
 # %% ../nbs/lib/18_fusion.ipynb #c7f8bbb3

@@ -18,6 +18,7 @@ import caf_nb
 from caf_nb.cli import fuse_app
 from caf_nb.data import read_image, write_png
 from caf_nb.fusion import FusionNet, save_fusion
+from caf_nb.synth import SynthScenes
 from caf_nb.zoo import METHODS, build_network, find_method
 
 
@@ -62,9 +63,9 @@ def test_all_pairs(folder):
     sources = contents(folder / "ir", folder / "vi")
     run = caf_fuse(folder)
     assert run.exit_code == 0 and sentences(run) == []
-    said, weights = run.stdout.splitlines()
+    said, engine, weights = run.stdout.splitlines()
     assert said.startswith("4 of 4 pairs fused in ") and said.endswith(f"written to {folder / 'out'}")
-    assert weights == f"weights of CAF: {folder / 'net.safetensors'}"
+    assert weights == f"weights of CAF: {folder / 'net.safetensors'}" and engine.startswith("engine ")
     assert [read_image(folder / "out" / f"{i}.png").shape for i in range(4)] == [(3, 32, 48)] * 4
     assert contents(folder / "ir", folder / "vi") == sources
     assert "4/4" in run.stderr
@@ -146,6 +147,18 @@ def test_one_file(folder):
     run = caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/0.png", out=folder / "new/fused.png")
     assert run.exit_code == 0 and read_image(folder / "new/fused.png").shape == (3, 32, 48)
     assert caf_fuse(folder, ir=folder / "ir/0.png", vi=folder / "vi/0.png", out=folder / "vi/0.png").exit_code == 1
+
+
+def test_shifted_cameras(tmp_path):
+    "One sentence, with the shift; and none for the same scenes in place."
+    for i, scene in enumerate(SynthScenes(4, 96, seed=2)):
+        for kind, image in (("ir", scene.vi.mean(0, keepdim=True)), ("vi", scene.vi)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            write_png(tmp_path / kind / f"{i}.png", image[:, 8:-8, 8:-8])
+            (tmp_path / f"off/{kind}").mkdir(exist_ok=True, parents=True)
+            write_png(tmp_path / f"off/{kind}/{i}.png", image.roll((0, 6) if kind == "ir" else (0, 0), (1, 2))[:, 8:-8, 8:-8])
+    assert sentences(caf_fuse(tmp_path, method="mean", weights=None)) == []
+    assert ["about 0 rows and 6 columns off" in s for s in sentences(caf_fuse(tmp_path / "off", method="mean", weights=None))] == [True]
 
 
 def test_plugin(folder):

@@ -15,6 +15,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from tqdm.contrib.concurrent import thread_map
 
 from ..core import CafError
-from .pictures import LazySequence, Scene, image_size, is_plain, png, read_image, read_pixels
+from .pictures import LazySequence, Scene, image_size, is_plain, pair_shift, png, read_image, read_pixels
 from caf_nb.data.sets import (
     DISJOINT, Finding, Item, Member, NOTES, Published, Split, box_facts, box_rows, label_text, natural_order, quoted,
     read_mask, read_split, unnamed, where, write_file, write_split,
@@ -284,6 +285,15 @@ def check(dataset: str,                          # a key of `READERS`
     "Open every file of an archive once. Raises `CafError` if it is no such archive at all; anything less is a finding."
     return checked(where(dataset)(root, "all", split_file, names), progress)
 
+def _shift_facts(published: Published, most: int = 6) -> list[Finding]:
+    "Whether the pairs are shifted, as far as a few of them show."
+    pairs = []
+    for item in published.listed[::max(len(published.listed) // most, 1)][:most]:
+        with suppress(CafError): pairs.append(published.images(item)) # what cannot be read is a finding of its own
+    shift = pair_shift((ir, vi) for ir, vi in pairs if ir.shape[1:] == vi.shape[1:])
+    told = "infrared lies about {} rows and {} columns off"
+    return [Finding("shifted", published.root, told.format(*shift))] if shift else []
+
 def checked(published: Published,  # all of it
             progress: bool = True, # show a bar
 ) -> Checked:
@@ -298,6 +308,7 @@ def checked(published: Published,  # all of it
     for kind in _COUNTED:
         n = sum(f.kind == kind for f in facts) if kind != "black border" or published.name == "multispectral" else 0
         if n: found.append(Finding(kind, published.root, f"{n} of {len(seen)} pairs"))
+    found += _shift_facts(published)
     named = [*(published.classes if any(i.boxes for i in published.listed) else ()),
              *(published.mask_classes if any(i.mask for i in published.listed) else ())]
     return Checked(published.name, published.root, len(published), published.pairs, dict(sizes.most_common()),

@@ -6,7 +6,7 @@
 __all__ = ['M3FD_CLASSES', 'MULTISPECTRAL_CLASSES', 'MFNET_CLASSES', 'EXTENSIONS', 'Levels', 'decoding', 'read_pixels',
            'image_size', 'is_plain', 'read_image', 'luma', 'rgb_to_ycbcr', 'ycbcr_to_rgb', 'recolor', 'to_uint8',
            'recolor_uint8', 'png', 'write_png', 'read_pair', 'percentile_levels', 'Pair', 'by_stem', 'LazySequence',
-           'PairFolder', 'marked', 'html_row', 'Scene', 'Batch', 'collate', 'batches']
+           'PairFolder', 'pair_shift', 'marked', 'html_row', 'Scene', 'Batch', 'collate', 'batches']
 
 # %% ../../nbs/lib/04_pictures.ipynb #cef5fb2a
 import base64
@@ -431,6 +431,39 @@ class PairFolder(LazySequence[Pair]):
     def __len__(self) -> int: return len(self._pairs)
 
     def _item(self, i: int) -> Pair: return self._pairs[i]
+
+# %% ../../nbs/lib/04_pictures.ipynb #7abfad30
+def _edges(image: Tensor, side: int = 256) -> tuple[np.ndarray, float]: # (h,w) about this large, and the scale
+    from skimage.filters import gaussian, sobel
+    gray = image.mean(0).numpy()
+    scale = min(side / max(gray.shape), 1.)
+    small = cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else gray
+    found = sobel(gaussian(small, 1))
+    return found - found.mean(), scale
+
+def _overlap(a: np.ndarray, b: np.ndarray, dy: int, dx: int) -> float: # correlation of `a` with `b` moved by dy, dx
+    (h, w), up, left = a.shape, min(dy, 0), min(dx, 0)
+    a, b = a[max(dy, 0):h + up, max(dx, 0):w + left], b[-up:h - max(dy, 0), -left:w - max(dx, 0)]
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum() + 1e-12)) if a.size else 0.
+
+# %% ../../nbs/lib/04_pictures.ipynb #8f0fc2e6
+def _shift(ir: Tensor, vi: Tensor) -> tuple[float, float, float]: # rows, columns; how much better the edges fit
+    from skimage.filters import window
+    from skimage.registration import phase_cross_correlation
+    (a, scale), (b, _) = _edges(ir), _edges(vi)
+    fade = window("hann", a.shape)
+    dy, dx = (int(v) for v in phase_cross_correlation(a * fade, b * fade, normalization=None)[0])
+    return dy / scale, dx / scale, _overlap(a, b, dy, dx) - _overlap(a, b, 0, 0)
+
+def pair_shift(pairs: Iterable[tuple[Tensor, Tensor]], # ir (1,H,W) and vi (1,H,W) or (3,H,W); a handful
+) -> tuple[int, int] | None:                           # rows and columns by which `ir` lies further; None: none seen
+    "By how many pixels the pairs are shifted, where most of at least three agree."
+    found = np.array([_shift(ir, vi) for ir, vi in pairs if min(ir.shape[1:]) >= 32]).reshape(-1, 3)
+    if len(found) < 3: return None
+    middle = np.median(found[:, :2], axis=0)
+    near = found[(np.abs(found[:, :2] - middle) <= 6).all(1)]
+    told = len(near) >= max(3, 0.6 * len(found)) and np.abs(middle).max() >= 3 and np.median(near[:, 2]) > 0.05
+    return (round(float(middle[0])), round(float(middle[1]))) if told else None
 
 # %% ../../nbs/lib/04_pictures.ipynb #c3c4a484
 _CLASS_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),

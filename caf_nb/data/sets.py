@@ -58,7 +58,7 @@ def _find(root: Path, *needed: tuple[str, ...]) -> list[Path]:
     return []
 
 # %% ../../nbs/lib/05_sets.ipynb #7ca9df8e
-NOTES = ("flipped copy", "unnamed classes", "no boxes", "black border", "near infrared only") # worth knowing, not wrong
+NOTES = ("flipped copy", "unnamed classes", "no boxes", "black border", "near infrared only", "shifted") # worth knowing, not wrong
 
 class Finding(NamedTuple):
     "Something wrong, or worth knowing, about one file."
