@@ -143,7 +143,7 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
 # %% ../nbs/lib/45_cli.ipynb #591306f0
 def _fused_facts(results: dict[str, Any]) -> dict[str, Any]: # for a program
     names = {"fused": "done", **{name: name for name in ("skipped", "unmatched", "failures", "seconds", "engine")}}
-    return {method: {name: getattr(result, field) for name, field in names.items()} for method, result in results.items()}
+    return {method: {name: getattr(found, field) for name, field in names.items()} for method, found in results.items()}
 
 def _load_plugin(file: Path) -> None:
     from caf_nb.fusion import load_plugin
@@ -165,7 +165,7 @@ _fuse_vi = "Folder of visible images, or one file. Partners share the stem: ir/7
 _fuse_out = "Folder for the results, STEM.png, made if it is absent; or FILE.png for one pair."
 _fuse_method = "Names with commas, each gets a folder; `ir` and `vi` pass a source through; a wrong name lists all."
 _fuse_weights = "Our .safetensors or the authors' file; a folder for several methods. Default: those in the package."
-_fuse_engine = "auto (the fastest that gives the same pictures), torch, onnx (extra fast) or compile (long runs on CUDA)."
+_fuse_engine = "auto (the fastest that gives the same pictures), torch, onnx (extra fast) or compile (CUDA)."
 _fuse_precision = "float; bf16 or fp16 are faster on CUDA and some gray levels off, which is measured and said."
 _fuse_demo = "Fuse four synthetic pairs into a folder (caf-fuse-demo, or --out) and make a sheet of them."
 _fuse_pixels = "Pixels of the largest picture to read. Default: 25,000,000, or the variable CAF_NB_MAX_PIXELS."
@@ -383,7 +383,7 @@ _report_execution = "Where the stages of tables run: local, processes=N, or slur
 
 @report_app.command()
 def _caf_report(
-    profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends), paper or rehearsal (of paper).")] = "smoke",
+    profile: Annotated[str, typer.Option(help="smoke (a first look), mini (trends), paper, rehearsal.")] = "smoke",
     out: Annotated[str, _folder(help=_report_out)] = "",
     data_root: Annotated[str, _folder(help="The published data sets; without it: synthetic scenes.")] = "",
     weights_root: Annotated[str, _folder(help=_report_weights)] = "",
