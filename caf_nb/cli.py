@@ -320,7 +320,7 @@ def _caf_search(
         _check_first(layout, anyway, tell)
         plan = own_plan(layout, out, settings, loss, size, [c.strip() for c in compare.split(",")], seed)
         _as_asked(task, plan.data.masks)
-        found = run_own(plan, out, tell or (lambda line: None))
+        found = run_own(plan, out, tell or str)
         facts = {"scores": found.scores.T.to_dict(), "weights": found.weights, "page": found.page}
         _answer(as_json, facts, f"{found.scores.round(1)}\nOpen in a browser: {found.page.resolve().as_uri()}")
 

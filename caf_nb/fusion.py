@@ -321,11 +321,11 @@ def folded(net: nn.Module, # in evaluation; stays as it is
     for row in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for (conv_name, conv), (name, norm) in pairwise(list(row.named_children())):
             fixed = isinstance(norm, nn.BatchNorm2d) and not getattr(norm, "per_image", False)
-            if fixed and isinstance(conv, nn.Conv2d):
+            if fixed and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(row, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(row, name, nn.Identity())
     for module in net.modules():
-        if hasattr(module, "in_blocks"): module.in_blocks = True
+        if hasattr(module, "in_blocks"): setattr(module, "in_blocks", True)
     return net.to(memory_format=torch.channels_last)
 
 # %% ../nbs/lib/18_fusion.ipynb #e3dc0b6d
@@ -586,9 +586,9 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
             try: done.append(future.result())
             except Exception as error: failures.append(_failure(error, pair))
 
-    pool = ThreadPoolExecutor(2)
+    pool, seen = ThreadPoolExecutor(2), list[tuple[Tensor, Tensor]]()
     try:
-        ahead, seen = _read_ahead(pool, pairs, **reading_as), []
+        ahead = _read_ahead(pool, pairs, **reading_as)
         for pair, reading in tqdm(ahead, "fuse", len(pairs), unit="pair", disable=not progress):
             try:
                 ir_image, vi_image = reading.result()

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -135,7 +135,8 @@ def _decode(path: Path, max_pixels: int | None, colours: bool) -> _Decoded:
         if image.mode == "P" and colours: image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "PA", "La", "RGBa"): image = image.convert("RGB")
         deep = kind.itemsize == 2 and kind.channels > 1
-        pixels = _in_rgb(cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)) if deep else np.array(image)
+        raw: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if deep else None
+        pixels = np.array(image) if raw is None else _in_rgb(raw)
     if pixels.dtype == np.int32 and 0 <= pixels.min() and pixels.max() < 65536: pixels = pixels.astype(np.uint16)
     return _upright(pixels, kind.orientation), _WHITE.get(pixels.dtype.name, 0.)
 
@@ -148,7 +149,7 @@ def _tiff(path: Path) -> Iterator[tuple[Any, _Kind]]:
     import tifffile
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(path) as file:
-        page = file.pages[0]
+        page: Any = file.pages[0]
         if page.dtype is None or page.imagedepth > 1 or page.photometric not in _GRAY_OR_RGB:
             form = getattr(page.photometric, "name", page.photometric)
             raise CafError(f"holds pixels that are no gray and no RGB ({form})", path, "Save it as gray or RGB")
@@ -163,7 +164,8 @@ def _is_tiff(path: Path) -> bool:
 # %% ../../nbs/lib/04_pictures.ipynb #538646c5
 def _decompress(path: Path, page: Any) -> np.ndarray:
     "Decode a compressed TIFF with OpenCV. Raises `OSError` if it cannot."
-    raw, order = bytearray(path.read_bytes()), "big" if page.parent.byteorder == ">" else "little"
+    order: Literal["big", "little"] = "big" if page.parent.byteorder == ">" else "little"
+    raw = bytearray(path.read_bytes())
     for code, value in ((274, 1), (262, 1 if page.photometric in (0, 3) else int(page.photometric))):
         if tag := page.tags.get(code): raw[tag.valueoffset:tag.valueoffset + 2] = value.to_bytes(2, order)
     before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -165,7 +165,7 @@ def _read_voc(path: Path, size: tuple[int, int]) -> tuple[list[_Box], tuple[int,
         raise CafError(f"is no Pascal VOC label ({quoted(str(error))})", path, "Convert it again") from None
 
 # %% ../../nbs/lib/05_sets.ipynb #0ab73fe5
-def read_yolo(path: Path, names: Sequence[str]) -> list[_Box]:
+def read_yolo(path: Path, names: Sequence[Any]) -> list[_Box]:
     "Rows of class, cx, cy, w, h; a number beyond `names` is `class N`. Raises `CafError` if malformed."
     boxes, remedy = [], "Convert it again"
     for number, line in enumerate(label_text(path).splitlines(), 1):

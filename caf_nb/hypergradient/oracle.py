@@ -10,7 +10,7 @@ __all__ = ['textbook_hypergradient', 'write_whole', 'textbook_space', 'peak_memo
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -191,7 +191,8 @@ def released_loop(net: nn.Module,                          # FusionNet, as loade
     from kornia.color import rgb_to_ycbcr
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
         for stem, ir, vi in pairs:
-            gray, colour = cv2.imread(str(ir), cv2.IMREAD_GRAYSCALE), cv2.imread(str(vi), cv2.IMREAD_COLOR)
+            gray: Any = cv2.imread(str(ir), cv2.IMREAD_GRAYSCALE)
+            colour: Any = cv2.imread(str(vi), cv2.IMREAD_COLOR)
             tensors = torch.from_numpy(gray)[None], torch.from_numpy(colour[..., ::-1].copy()).permute(2, 0, 1)
             infrared, visible = (tensor[None].float() / 255 for tensor in tensors)
             fused = 255 * net(infrared, rgb_to_ycbcr(visible)[:, :1])[0, 0].detach().numpy()

@@ -109,9 +109,10 @@ _ESM = (resources.files("caf_nb")/"report"/"explorer.js").read_text(encoding="ut
 # %% ../../nbs/lib/41_explorer.ipynb #1db08657
 def _widget_class() -> Any:
     "The widget; anywidget is imported only for it."
-    anywidget, traitlets = optional("anywidget", "widgets"), optional("traitlets", "widgets")
+    anywidget: Any = optional("anywidget", "widgets")
+    traitlets: Any = optional("traitlets", "widgets")
 
-    class Explorer(anywidget.AnyWidget):
+    class Explorer(anywidget.AnyWidget): # type: ignore[name-defined,misc]
         "Sliders for the fifteen weights, and what a small network makes of them."
         _esm = _ESM
         terms = traitlets.List().tag(sync=True)

@@ -109,9 +109,10 @@ def _note_sums(folder: Path, job: Any) -> None:
     with replacing(sums) as part: part.write_text(json.dumps(known, indent=1))
 
 # %% ../../nbs/lib/29_stages.ipynb #4c5a31b4
-_SLURM = {"partition": ("slurm_partition", str), "account": ("slurm_account", str), "qos": ("slurm_qos", str),
-          "constraint": ("slurm_constraint", str), "gpus": ("gpus_per_node", int), "cpus": ("cpus_per_task", int),
-          "memory": ("mem_gb", float), "hours": ("timeout_min", lambda hours: round(60 * float(hours)))}
+_SLURM: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "partition": ("slurm_partition", str), "account": ("slurm_account", str), "qos": ("slurm_qos", str),
+    "constraint": ("slurm_constraint", str), "gpus": ("gpus_per_node", int), "cpus": ("cpus_per_task", int),
+    "memory": ("mem_gb", float), "hours": ("timeout_min", lambda hours: round(60 * float(hours)))}
 
 def parse_execution(text: str, # local, processes=N, or slurm,partition=...,gpus=...,hours=...
 ) -> dict[str, Any]:           # of `CheckedInfra`

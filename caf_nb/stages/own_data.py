@@ -82,7 +82,7 @@ def _items(layout: Layout, root: Path, found: list[Finding]) -> list[Item]:
 # %% ../../nbs/lib/38_own_data.ipynb #be437971
 def _reader(layout: Layout) -> type[Published]:
     "The reader of the folders of a file."
-    class Reader(READERS["folder"]): # type: ignore[name-defined,misc]
+    class Reader(READERS["folder"]): # type: ignore[valid-type,misc,name-defined]
         @classmethod
         def _list(cls, root: Path, found: list[Finding]) -> list[Item]:
             return _items(layout, root, found) if layout.ir else super()._list(root, found)
@@ -101,7 +101,7 @@ def check_own(layout: Layout, progress: bool = True): # Checked
 # %% ../../nbs/lib/38_own_data.ipynb #40393cf9
 class OwnData(Data):
     "Labelled pairs of your own in three splits, decoded on access."
-    _exclude_from_cls_uid: ClassVar = ("root", "split_file", "layout")
+    _exclude_from_cls_uid: ClassVar[tuple[str, ...]] = ("root", "split_file", "layout")
     name: str = "own"
     layout: Layout
 

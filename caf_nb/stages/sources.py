@@ -207,7 +207,7 @@ class PublishedScenes(LazySequence[Scene]):
 class _Archive(BaseModel):
     "Data identified by the fingerprint of what is read, not by its folder."
     model_config = ConfigDict(extra="forbid", frozen=True)
-    _exclude_from_cls_uid: ClassVar = ("root", "split_file")
+    _exclude_from_cls_uid: ClassVar[tuple[str, ...]] = ("root", "split_file")
 
     @model_validator(mode="before")
     @classmethod

@@ -72,7 +72,7 @@ net = FusionModel.from_pretrained("this folder")   # net(ir, vi): (B,1,H,W) in [
 {{ provenance }}
 """
 
-class FusionModel(nn.Module, _hub.PyTorchModelHubMixin, library_name="caf_nb", tags=["image-fusion"],
+class FusionModel(nn.Module, _hub.PyTorchModelHubMixin, library_name="caf_nb", tags=["image-fusion"], # type: ignore
                   repo_url="https://github.com/caf-nb/caf_nb", model_card_template=_CARD):
     "The network of a method, to be saved and loaded as models of the hub are."
 
@@ -93,7 +93,8 @@ def save_model(folder: str | Path,
                **options: Any,             # of its network
 ) -> None:
     "Write a network so that `FusionModel.from_pretrained` loads it. Raises `CafError` if it is of another method."
-    model, entry = FusionModel(method=method, **options), find_method(method)
+    model: Any = FusionModel(method=method, **options)
+    entry = find_method(method)
     try: model.net.load_state_dict(net.state_dict())
     except RuntimeError: raise CafError(f"this is no network of {entry.title}", remedy="Name its method") from None
     about = {"method": f"{entry.title}, {entry.venue} {entry.year or ''}", **provenance}

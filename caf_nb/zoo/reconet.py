@@ -34,7 +34,7 @@ def _layer(inputs: int, outputs: int, dilation: int, norm: bool, act: nn.Module)
     return nn.Sequential(OrderedDict(layers, act=act))
 
 # %% ../../nbs/zoo/reconet.ipynb #5bc609e4
-def _in_blocks(branches: nn.ModuleList, out: Any, # without normalisations
+def _in_blocks(branches: Any, out: Any, # nn.ModuleList and nn.Sequential without normalisations
                x: Tensor,                         # (B,3,H,W)
                rows: int = 8,
 ) -> Tensor:                                      # (B,1,H,W)
