@@ -122,6 +122,7 @@ LIFE = {"fusion": (0.05, 0.6), "segmenter": (0.05, 0.6), "joint": (0.05, 0.6), "
 
 def main(kind: str, root: Path, wanted: int) -> dict:
     train, draw, kills, trainings = {"fusion": fusion, "segmenter": segmenter, "joint": joint, "search": searched, "detector": detector}[kind], random.Random(kind), 0, []
+    import kornia.losses, kornia.metrics, torch._dynamo, torch._inductor  # noqa: F401  what a training imports late, no fork should
     if kind == "segmenter": import accelerate, torchmetrics.classification, transformers.models.segformer.modeling_segformer
     if kind == "fusion": import accelerate
     if kind in ("joint", "search"): import transformers.models.segformer.modeling_segformer
@@ -141,7 +142,8 @@ def main(kind: str, root: Path, wanted: int) -> dict:
         runs = 0
         while not (folder / "result.pt").exists():
             runs += 1
-            kills += killed_after(child(train, folder), draw.uniform(*LIFE[kind]) * seconds)
+            life = draw.uniform(*LIFE[kind]) if kills < 3 * wanted else 10.  # a training that never ends would be killed for ever
+            kills += killed_after(child(train, folder), life * seconds)
         trainings.append((runs, same(torch.load(folder / "result.pt"), whole)))
     return {"kills": kills, "trainings": trainings, "seconds": seconds, "steps": len(whole["losses"]), "all_s": time.monotonic() - begun}
 
