@@ -128,4 +128,4 @@ def test_bad_parameters(tmp_path, name, parameters, cause):
 
 def test_bad_parameters_end_papermill(tmp_path):
     done = papermill("table1", tmp_path / "smoke", profile="paper")
-    assert done.returncode == 1 and "DIDFuse" in done.stderr
+    assert done.returncode == 1 and "vgg16-397923af.pth" in done.stderr

@@ -54,7 +54,7 @@ def test_figure6_on_real_pairs(shared, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
     assert set(origin.index) == {"ir", "vi", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "mine", "caf"}
-    assert origin["tardal"].endswith("tardal.pt") and origin["caf"].endswith("Det_final.pth")
+    assert "tardal.pt" in origin["tardal"] and "Det_final.pth" in origin["caf"]
     assert read_image(tmp_path / "results/figure6_tno_05.png").shape[0] == 3
 
 

@@ -1,5 +1,6 @@
 """The task networks and their training, as a user of the library meets them."""
 
+import hashlib
 import math
 import os
 import random
@@ -331,7 +332,7 @@ def test_a_detector_starts_from_coco(coco, tmp_path):
     file, theirs, names = coco
     torch.manual_seed(1)
     start = Detector(M3FD_CLASSES, weights=file)
-    assert start.provenance == "yolov5nu.pt (COCO, by its name; no People, Lamp in it, seed 0)"
+    assert start.provenance == f"yolov5nu.pt (SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}; 80 classes; no People, Lamp in it, seed 0)"
     body = {name: t for name, t in theirs.state_dict().items() if not name.startswith("model.24.cv3.")}
     own = start.net.state_dict()
     assert len(body) > 300 and all(torch.equal(own[name], t) for name, t in body.items())
@@ -344,7 +345,7 @@ def test_a_detector_starts_from_coco(coco, tmp_path):
 
     torch.save({"model": start.net}, tmp_path / "again.pt")  # the head is as wide as that of COCO, and comes back so
     again = Detector(M3FD_CLASSES, weights=tmp_path / "again.pt")
-    assert again.provenance == "again.pt" and same(again, start)
+    assert again.provenance.startswith("again.pt (SHA-256 ") and again.provenance.endswith("; 6 classes)") and same(again, start)
 
 
 def test_a_broken_file_in_the_current_folder_is_neither_deleted_nor_fetched(tmp_path, monkeypatch):
@@ -386,7 +387,7 @@ def test_a_file_of_the_original_brings_backbone_and_neck(shared):
     "Published as COCO weights, but its two classes are kinds of waste: the provenance must not say COCO."
     file = shared / "weights/tasks/yolov5n.pt"
     start, random = Detector(M3FD_CLASSES, weights=file), Detector(M3FD_CLASSES).net.state_dict()
-    assert start.provenance == "yolov5n.pt (2 classes; backbone and neck of the original, 342 of 427 tensors; head random, seed 0)"
+    assert start.provenance == "yolov5n.pt (a YOLOv5n of the original repository for two kinds of waste, not COCO's; 2 classes; backbone and neck of the original, 342 of 427 tensors; head random, seed 0)"
     theirs, names = read_network(file)
     assert names == ["Biodegradable", "Non-biodegradable"]
     body = {name for name in random if not name.startswith("model.24.")}

@@ -249,7 +249,8 @@ def finetune_segmenter(segmenter: Segmenter,
     the bit. Raises `CafError` on empty splits and on a state of another training, and `NotFinite` on a loss that is
     not finite."""
     if not len(train): raise CafError("there is no image to train on", remedy="Check the folders of the training split")
-    for split, pairs in (("training", train), ("test", test)): _check_classes(pairs, split, segmenter)
+    if folder is None or not (Path(folder)/"segmenter.pt").exists(): # else they were checked when it began
+        for split, pairs in (("training", train), ("test", test)): _check_classes(pairs, split, segmenter)
     engine = Engine(next(segmenter.parameters()).device, settings.accumulate)
     engine.place(segmenter)
     segmenter.train()
