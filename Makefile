@@ -29,8 +29,9 @@ docs: install
 # `make test-all` adds the tests that repeat at length what a shorter one checks as well (CI, every week). One thread per process and one process per core: small tensors gain nothing from more threads.
 test test-all: export OMP_NUM_THREADS := 1
 test: picked := -m "not long"
+test: skipped := |own_data
 test test-all: install sync
-	$(MAKE) --no-print-directory -j 2 types cells
+	$(MAKE) --no-print-directory -j 2 types cells SKIPPED='$(skipped)'
 	pytest -n 2 --dist loadfile $(picked)
 
 # Table 1 on a Slurm of this machine, with a cancelled job and a daemon that dies; says why where Slurm cannot be installed.
@@ -42,7 +43,7 @@ types: install
 
 # The tests in the notebooks.
 cells: install
-	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims)'
+	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims$(SKIPPED))'
 
 # Cleaning and exporting the notebooks must leave caf_nb/ as it is, and a clean checkout clean. A notebook that was only run is cleaned, and that is all.
 sync: install

@@ -76,6 +76,7 @@ def test_table2(out):
     assert table[(table.method == "u2fusion") & (table.metric == "mIoU")].paper.item() == 45.2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_table3(out):
     "A network with its own loss and with a searched one, CAF with given weights; what the tables before have made is not made again."
@@ -106,7 +107,7 @@ def test_figure6(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, title", [("figure2", "yolov5n from yolov5n.safetensors of the package"), ("figure3", "segformer tiny from segformer-tiny of the package")])
+@pytest.mark.parametrize("name, title", [("figure2", "yolov5n from yolov5n.safetensors of the package"), pytest.param("figure3", "segformer tiny from segformer-tiny of the package", marks=pytest.mark.long)])
 def test_figures_of_the_tables(out, name, title):
     done = papermill(name, out, methods="vi,caf")
     assert done.returncode == 0, done.stderr[-2000:]

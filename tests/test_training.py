@@ -26,7 +26,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, kills", [("fusion", 2), ("segmenter", 2), ("joint", 2), ("search", 2), ("detector", 2)])
+@pytest.mark.parametrize("kind, kills", [("fusion", 2), ("search", 2), ("detector", 2), *(pytest.param(kind, 4, marks=pytest.mark.long) for kind in ("segmenter", "joint"))])
 def test_killed_at_any_moment_it_ends_with_the_same_bits(kind, kills, tmp_path):
     "SIGKILL at random moments: weights, history and scores are those of an uninterrupted training or search. `python tests/killed.py KIND FOLDER 20` kills more often."
     done = subprocess.run([sys.executable, str(ROOT / "tests/killed.py"), kind, str(tmp_path), str(kills)], env=ONE_THREAD, capture_output=True, text=True, timeout=900)

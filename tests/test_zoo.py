@@ -144,7 +144,7 @@ SCENES = list(SynthScenes(2, 32, seed=0))
 LARGE = "defusion", "umfusion", "u2fusion"  # seconds a training: their own loss is tried in `make test`, the rest in `make test-all`
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINED if name != "caf"])
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.long] * (name == "defusion")) for name in TRAINED if name != "caf"])
 def test_trains_with_its_own_loss(method):
     "Twenty steps of every stage of the published recipe: finite, falling, and the network moves."
     torch.manual_seed(0)
