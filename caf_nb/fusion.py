@@ -42,7 +42,7 @@ from caf_nb.data import (
     Pair, PairFolder, html_row, luma, marked, pair_shift, read_image, read_pair, recolor, recolor_uint8,
     to_uint8, write_png,
 )
-from .zoo import METHODS, Method, build_network, find_method, load_plugin
+from .zoo import METHODS, Method, build_network, find_method, load_plugin, onnx_session, write_onnx
 
 # %% ../nbs/lib/18_fusion.ipynb #89e90775
 def _block(inputs: int, outputs: int, norm: bool = True) -> nn.Sequential:
@@ -320,8 +320,8 @@ def folded(net: nn.Module, # in evaluation; stays as it is
     net = deepcopy(net).eval().requires_grad_(False)
     for row in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for (conv_name, conv), (name, norm) in pairwise(list(row.named_children())):
-            fixed = isinstance(norm, nn.BatchNorm2d) and not getattr(norm, "per_image", False)
-            if fixed and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)): continue
+            if not getattr(norm, "per_image", False):
                 setattr(row, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(row, name, nn.Identity())
     for module in net.modules():
@@ -350,18 +350,10 @@ def _half(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[
 def _onnx(net: nn.Module, # folded, on the CPU
 ) -> Callable[[Tensor, Tensor], Tensor]:
     "The network in ONNX Runtime, for pictures of any size. Raises `CafError` if it is not installed."
-    onnxruntime, _ = optional("onnxruntime", "fast"), optional("onnx", "fast")
-    pair, names = torch.rand(2, 1, 1, 64, 96), ("ir", "vi", "fused")
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore") # about constants of the trace, and the exporter's age; the result is compared
-        torch.onnx.export(net, tuple(pair), f"{folder}/net.onnx", dynamo=False, input_names=names[:2],
-                          output_names=names[2:], dynamic_axes={name: {0: "b", 2: "h", 3: "w"} for name in names})
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(f"{folder}/net.onnx", options, providers=["CPUExecutionProvider"])
-    def call(ir: Tensor, vi: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"ir": ir.numpy(), "vi": vi.numpy()})[0])
-    return call
+    optional("onnx", "fast")
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(net, Path(folder)/"net.onnx")
+        return onnx_session(Path(folder)/"net.onnx", "fast")
 
 # %% ../nbs/lib/18_fusion.ipynb #1a491b72
 _ENGINES = ("auto", "torch", "onnx", "compile")

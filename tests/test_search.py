@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 
-import pandas as pd
 import pytest
 import torch
 

@@ -453,13 +453,10 @@ def box_fault(corners: Sequence[float]) -> str | None: # "empty box", "outside",
     return "outside" if min(corners) < -1e-6 or max(corners) > 1 + 1e-6 else None
 
 # %% ../../nbs/lib/05_sets.ipynb #ebddea39
-def box_facts(published: Published, item: Item, size: tuple[int, int]) -> Iterator[Finding]:
+def _judged(published: Published, item: Item, size: tuple[int, int], boxes: Sequence[_Box],
+            stated: tuple[int, int] | None) -> Iterator[Finding]:
     "The classes of the boxes of an item, and what is wrong with them: the one judge of boxes."
     label, nameless = item.boxes or item.vi, unnamed(published, item)
-    try: boxes, stated = _written_boxes(published, item, size)
-    except CafError as error:
-        yield Finding("bad label", label, error.cause)
-        return
     if not boxes: yield Finding("no boxes", label, "")
     if stated and stated != size:
         yield Finding("label size", label, "states {}x{}, the image is {}x{}".format(*stated, *size))
@@ -474,14 +471,20 @@ def box_facts(published: Published, item: Item, size: tuple[int, int]) -> Iterat
         if fault := box_fault(corners):
             yield Finding(fault, label, box if fault == "empty box" else f"{box} in {size[0]}x{size[1]}")
 
+def box_facts(published: Published, item: Item, size: tuple[int, int]) -> Iterator[Finding]:
+    "What `_judged` finds in the label of an item, or why it cannot be read."
+    try: written = _written_boxes(published, item, size)
+    except CafError as error: yield Finding("bad label", item.boxes or item.vi, error.cause)
+    else: yield from _judged(published, item, size, *written)
+
 # %% ../../nbs/lib/05_sets.ipynb #17c2ef7b
 def box_rows(published: Published, item: Item, size: tuple[int, int]) -> Tensor: # (n,5) float32, as in `Scene`
     "The boxes of an item. Raises `CafError` if `box_facts` finds anything wrong, or if nothing names their classes."
     if unnamed(published, item):
         cause = "numbers its classes and nothing says what the numbers mean"
         raise CafError(cause, item.boxes or item.mask, "Pass names=, or put a classes.txt beside the folder")
-    boxes, _ = _written_boxes(published, item, size)
-    for wrong in (f for f in box_facts(published, item, size) if f.kind not in ("class", *NOTES)):
+    boxes, stated = _written_boxes(published, item, size)
+    for wrong in (f for f in _judged(published, item, size, boxes, stated) if f.kind not in ("class", *NOTES)):
         remedy = f"Correct it, or leave it out with: caf-data prepare ROOT --dataset {published.name} --leave-out"
         cause = f"is wrong ({wrong.kind}: {wrong.detail})"
         if wrong.kind == "unknown class":

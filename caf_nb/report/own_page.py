@@ -87,9 +87,6 @@ def _reading(scores: pd.DataFrame, seed: int) -> str: # a sentence on the last m
     return (f"{metric} with the searched loss is {gain:+.1f} points from that of {other!r}. One seed ({seed}) says "
             "little: repeat it with others (--seed) before you believe a few points.")
 
-# %% ../../nbs/lib/39_own_page.ipynb #3586dd35
-#| export
-
 # %% ../../nbs/lib/39_own_page.ipynb #2b8bd7f0
 class OwnResult(NamedTuple):
     "What a search on pairs of your own leaves."

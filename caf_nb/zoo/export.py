@@ -6,7 +6,6 @@
 __all__ = ['run_onnx', 'to_onnx', 'FusionModel', 'save_model']
 
 # %% ../../nbs/zoo/export.ipynb #5db1d282
-import warnings
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core import CafError, optional, replacing
-from . import build_network, find_method
+from . import build_network, find_method, onnx_session, write_onnx
 
 # %% ../../nbs/zoo/export.ipynb #3452edfa
-_NAMES = ("ir", "vi", "fused")
-
 def run_onnx(file: str | Path, # of `to_onnx`
              ir: Tensor,       # (B,1,H,W) in [0,1]
              vi: Tensor,
 ) -> Tensor:                   # (B,1,H,W)
     "Fuse with ONNX Runtime on the CPU."
-    session = optional("onnxruntime", "export").InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"ir": ir.numpy(), "vi": vi.numpy()})[0])
+    return onnx_session(Path(file), "export")(ir, vi)
 
 # %% ../../nbs/zoo/export.ipynb #5df5daa9
 def to_onnx(net: nn.Module,          # forward(ir, vi) -> (B,1,H,W)
@@ -36,14 +32,10 @@ def to_onnx(net: nn.Module,          # forward(ir, vi) -> (B,1,H,W)
     "Write a network as ONNX, for any size. Raises `CafError` if that is not possible, or if it gives other pictures."
     optional("onnx", "export")
     device, training = next(net.parameters(), torch.zeros(())).device, net.training
-    axes = {0: "batch", 2: "height", 3: "width"}
     try:
         net.cpu().eval()
-        with replacing(file) as part, warnings.catch_warnings():
-            warnings.simplefilter("ignore") # of the exporter about itself
-            pair = tuple(torch.rand(2, 1, 1, 48, 64, generator=torch.Generator().manual_seed(0)))
-            torch.onnx.export(net, pair, str(part), dynamo=False, input_names=_NAMES[:2], output_names=_NAMES[2:],
-                              dynamic_axes=dict.fromkeys(_NAMES, axes), opset_version=18)
+        with replacing(file) as part:
+            write_onnx(net, part)
             ir, vi = torch.rand(2, 2, 1, 61, 50, generator=torch.Generator().manual_seed(1))
             with torch.no_grad(): off = (run_onnx(part, ir, vi) - net(ir, vi)).abs().max().item()
             if not off <= tolerance: raise CafError(f"ONNX Runtime gives other pictures, by up to {off:.2g}", file,
