@@ -94,15 +94,39 @@ class _Fused(NamedTuple):
     ir_range: str
     engine: str
     precision: str
+    ir_contrast: str
+    rate: float
+
+    def fuse(self, net: Any) -> Any: # FolderResult
+        from caf_nb.fusion import fuse_folder, fuse_video
+        given = self._asdict()
+        if self.is_video: return fuse_video(net, **given)
+        return fuse_folder(net, **{name: value for name, value in given.items() if name != "rate"})
+
+    @property
+    def is_video(self) -> bool: # what comes out; raises `CafError` if pictures are to come from a video
+        from caf_nb.core import CafError
+        from caf_nb.data import VIDEOS
+        wanted = self.out.suffix.lower() in VIDEOS
+        for source in (self.ir, self.vi):
+            if source.suffix.lower() in VIDEOS and not wanted:
+                raise CafError("is a video, and the result is none", source, "Name a video: --out fused.mp4")
+        return wanted
+
+def _range_told(levels: tuple[float, float] | None) -> str:
+    return f"{levels[0]:g} became black, {levels[1]:g} white" if levels else "0 became black, all bits white"
 
 def _fuse_with(net: Any, method: str, weights: Path | None, files: _Fused, tell: Any) -> Any: # FolderResult
     "Fuse with one method, and say what came of it and whose weights these are."
-    from caf_nb.fusion import bundled, find_method, fuse_folder
-    result, entry, out = fuse_folder(net, **files._asdict()), find_method(method), files.out
+    from caf_nb.fusion import bundled, find_method
+    result, entry, out = files.fuse(net), find_method(method), files.out
     for file in result.unmatched: _say("caf-fuse", f"{file}: has no partner and was left out.")
     for error in result.failures: _say("caf-fuse", error)
-    n, time = len(result.done), f"{result.seconds:.1f} s ({len(result.done) / result.seconds:.2f} pairs/s)"
-    if tell: tell(f"{n} of {n + len(result.failures)} pairs fused in {time}, written to {out}")
+    n, unit = result.frames or len(result.done), "frames" if result.frames else "pairs"
+    time = f"{result.seconds:.1f} s ({n / result.seconds:.2f} {unit}/s)"
+    if tell and (result.done or not result.skipped or not files.is_video):
+        tell(f"{n} of {n + len(result.failures)} {unit} fused in {time}, written to {out}")
+    if tell and (result.levels or result.frames): tell(f"infrared: {_range_told(result.levels)}")
     n = len(result.skipped)
     if tell and n: tell(f"{n} skipped, since their results exist: --overwrite replaces them")
     if tell and entry.read is not None: tell(f"engine {result.engine}")
@@ -125,7 +149,8 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
     from caf_nb.fusion import contact_sheet, find_method, find_weights, load_fusion
     out = files.out
     several, titles = len(methods) > 1, {method: find_method(method).title for method in methods}
-    if several and out.suffix.lower() == ".png": raise CafError("is one file for several methods", out, "Give a folder")
+    if several and (out.suffix.lower() == ".png" or files.is_video):
+        raise CafError("is one file for several methods", out, "Give a folder")
     if several and weights and not weights.is_dir():
         raise CafError("several methods need a folder of weights", weights, "Name one with METHOD.safetensors in it")
     found = {m: find_weights(weights, m) if several and weights else weights for m in methods}
@@ -142,7 +167,8 @@ def _fuse_methods(methods: list[str], weights: Path | None, device: str, files: 
 
 # %% ../nbs/lib/43_cli.ipynb #591306f0
 def _fused_facts(results: dict[str, Any]) -> dict[str, Any]: # for a program
-    names = {"fused": "done", **{name: name for name in ("skipped", "unmatched", "failures", "seconds", "engine")}}
+    kept = ("skipped", "unmatched", "failures", "seconds", "engine", "frames", "levels")
+    names = {"fused": "done", **{name: name for name in kept}}
     return {method: {name: getattr(found, field) for name, field in names.items()} for method, found in results.items()}
 
 def _load_plugin(file: Path) -> None:
@@ -160,16 +186,18 @@ def _demo_pairs(folder: Path) -> tuple[Path, Path, Path]: # ir, vi, and where to
 
 # %% ../nbs/lib/43_cli.ipynb #3fa769fb
 fuse_app = _app()
-_fuse_ir = "Folder of infrared images, or one file."
-_fuse_vi = "Folder of visible images, or one file. Partners share the stem: ir/7.jpg and vi/7.png."
-_fuse_out = "Folder for the results, STEM.png, made if it is absent; or FILE.png for one pair."
+_fuse_ir = "Folder of infrared images, one file, or a video."
+_fuse_vi = "Folder of visible images, one file, or a video. Partners share the stem: ir/7.jpg and vi/7.png."
+_fuse_out = "Folder for the results, STEM.png; FILE.png for one pair; FILE.mp4 or FILE.mkv (without loss) for a video."
 _fuse_method = "Names with commas, each gets a folder; `ir` and `vi` pass a source through; a wrong name lists all."
 _fuse_weights = "Our .safetensors or the authors' file; a folder for several methods. Default: those in the package."
 _fuse_engine = "auto (the fastest that gives the same pictures), torch, onnx (extra fast) or compile (CUDA)."
 _fuse_precision = "float; bf16 or fp16 are faster on CUDA and some gray levels off, which is measured and said."
 _fuse_demo = "Fuse four synthetic pairs into a folder (caf-fuse-demo, or --out) and make a sheet of them."
 _fuse_pixels = "Pixels of the largest picture to read. Default: 25,000,000, or the variable CAF_NB_MAX_PIXELS."
-_fuse_range = "Infrared values that become black and white: full, percentile (one for the folder), or MIN,MAX."
+_fuse_range = "Infrared values that become black and white: full, percentile (one for all pictures), or MIN,MAX."
+_fuse_contrast = "Of infrared pictures: none, adaptive (CLAHE) or equal (histogram)."
+_fuse_rate = "Frames a second, where folders of frames become a video."
 
 @fuse_app.command()
 def caf_fuse(
@@ -186,11 +214,13 @@ def caf_fuse(
     demo: Annotated[bool, typer.Option("--demo", help=_fuse_demo)] = False,
     max_pixels: Annotated[int | None, typer.Option(min=1, show_default=False, help=_fuse_pixels)] = None,
     ir_range: Annotated[str, typer.Option(metavar="RANGE", help=_fuse_range)] = "full",
+    ir_contrast: Annotated[str, typer.Option(help=_fuse_contrast)] = "none",
+    rate: Annotated[float, typer.Option(min=0.1, max=1000, help=_fuse_rate)] = 25,
     device: _Device = "auto",
     as_json: _Json = False,
     version: _Version = False,
 ) -> None:
-    """Fuse aligned infrared and visible pictures.
+    """Fuse aligned infrared and visible pictures, or videos.
 
     Exit code 0: every pair was fused. 1: some were not; each has one line on stderr. 2: the command line is wrong.
     """
@@ -201,7 +231,8 @@ def caf_fuse(
         assert ir and vi and out
         if plugin: _load_plugin(plugin)
         methods = list(dict.fromkeys(m.strip().lower() for m in method.split(",") if m.strip()))
-        files = _Fused(ir, vi, out, color, overwrite or demo, max_pixels, ir_range, engine, precision)
+        files = _Fused(ir, vi, out, color, overwrite or demo, max_pixels, ir_range, engine, precision,
+                       ir_contrast, rate)
         results = _fuse_methods(methods or ["caf"], weights, device, files, demo, None if as_json else typer.echo)
         if as_json: _answer(True, _fused_facts(results), "")
         if any(result.failures for result in results.values()): raise typer.Exit(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAF', 'INFRARED', 'VISIBLE', 'MEAN', 'FusionNet', 'to_official', 'from_official', 'save_fusion', 'Source', 'bundled',
-           'load_fusion', 'find_weights', 'fuse', 'folded', 'build_engine', 'FolderResult', 'fuse_folder',
+           'load_fusion', 'find_weights', 'fuse', 'folded', 'build_engine', 'FolderResult', 'fuse_folder', 'fuse_video',
            'contact_sheet']
 
 # %% ../nbs/lib/18_fusion.ipynb #c48e533b
@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
+from fractions import Fraction
 from functools import partial
 from importlib import resources
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -37,9 +38,9 @@ from tqdm import tqdm
 
 from .checkpoints import load_tensors, read_tensors, renamed, verified
 from .core import CafError, device as find_device, optional, printable, replacing
-from .data.pictures import Levels, percentile_levels
+from .data.pictures import Levels, percentile_levels, raise_contrast, write_video
 from caf_nb.data import (
-    Pair, PairFolder, html_row, luma, marked, pair_shift, read_image, read_pair, recolor, recolor_uint8,
+    Pair, PairFolder, Video, html_row, luma, marked, pair_shift, read_image, read_pair, recolor, recolor_uint8,
     to_uint8, write_png,
 )
 from .zoo import METHODS, Method, build_network, find_method, load_plugin, onnx_session, write_onnx
@@ -493,6 +494,8 @@ class FolderResult(NamedTuple):
     skipped: list[Path]      # results that were there already
     seconds: float           # wall time
     engine: str              # what computed, in words
+    frames: int = 0          # of a video
+    levels: Levels | None = None # infrared values that became 0 and 1; None: the whole scale
 
     def _repr_html_(self) -> str: # in a notebook: the first pairs, and what became of them
         shown = [(pair, target) for pair, target in self.targets.items() if target.is_file()][:3]
@@ -556,6 +559,7 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 ir_range: str | Levels = "full",
                 engine: str = "",      # auto, torch, onnx or compile, as for `_choose_engine`; "": `net` as it is
                 precision: str = "float", # likewise: or bf16, fp16
+                ir_contrast: str = "none", # as for `raise_contrast`
 ) -> FolderResult:
     """Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the
     `failures`."""
@@ -584,6 +588,7 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
         for pair, reading in tqdm(ahead, "fuse", len(pairs), unit="pair", disable=not progress):
             try:
                 ir_image, vi_image = reading.result()
+                ir_image = raise_contrast(ir_image, ir_contrast)
                 if len(seen) < 6: seen.append((ir_image, vi_image))
                 with torch.inference_mode(): fused = fuse(net, ir_image, luma(vi_image))
                 writing.append((pair, pool.submit(_write_fused, targets[pair], fused, vi_image, color)))
@@ -592,7 +597,87 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
         settle(0)
     finally: pool.shutdown(cancel_futures=True)
     _warn_if_shifted(seen, Path(ir))
-    return FolderResult(done, failures, unmatched, targets, skipped, time.perf_counter() - start, told)
+    return FolderResult(done, failures, unmatched, targets, skipped, time.perf_counter() - start, told, levels=levels)
+
+# %% ../nbs/lib/18_fusion.ipynb #b17842dc
+class _Moving(NamedTuple):
+    "Frames that belong together."
+    frames: Iterator[tuple[Tensor, Tensor]] # ir (1,H,W) and vi (3,H,W)
+    known: int                              # how many; 0: nobody knows
+    rate: Fraction
+    levels: Levels | None
+
+def _together(ir: Video, vi: Video, levels: Levels | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for i, (a, b) in enumerate(zip_longest(ir.frames(levels), vi.frames())):
+        if a is None or b is None:
+            short, other = (ir, vi) if a is None else (vi, ir)
+            warnings.warn(f"{short.path}: it ends after {i} frames; what follows in {other.path.name} is left out.")
+            return
+        yield luma(a), b.expand(3, -1, -1)
+
+def _of_videos(ir: Video, vi: Video, ir_range: str | Levels) -> _Moving:
+    "Raises `CafError` if the videos do not fit."
+    for what, a, b in (("pixels", "x".join(map(str, ir.size)), "x".join(map(str, vi.size))),
+                       ("frames a second", f"{float(ir.rate):.3g}", f"{float(vi.rate):.3g}")):
+        if a != b: raise CafError(f"ir has {a} and vi {b} {what}", ir.path, "Bring both videos to one size and rate")
+    levels = ir.percentile_levels() if ir_range == "percentile" else _levels(ir_range, [], None)
+    return _Moving(_together(ir, vi, levels), min(ir.count, vi.count), vi.rate, levels)
+
+# %% ../nbs/lib/18_fusion.ipynb #c0a66f45
+def _moving(ir: Path, vi: Path, ir_range: str | Levels, max_pixels: int | None, rate: float) -> _Moving:
+    "The frames of two videos or two folders. Raises `CafError` if they do not fit."
+    if ir.is_file() and vi.is_file():
+        _warn_if_swapped(Pair("", ir, vi))
+        return _of_videos(Video(ir, max_pixels), Video(vi, max_pixels), ir_range)
+    if ir.is_file() or vi.is_file():
+        raise CafError("one source is a file and the other is not", ir, "Give two videos or two folders of frames")
+    pairs = PairFolder(ir, vi)
+    if pairs.unmatched: raise CafError("has no partner", pairs.unmatched[0], "A video needs every frame twice")
+    _warn_if_swapped(pairs[0])
+    levels = _levels(ir_range, [pair.ir for pair in pairs], max_pixels)
+    frames = (read_pair(pair.ir, pair.vi, max_pixels, levels) for pair in pairs)
+    return _Moving(frames, len(pairs), Fraction(rate), levels)
+
+def _check_video(out: Path, sources: Sequence[Path]) -> None:
+    "Raises `CafError` unless a video can be put there."
+    if out.resolve() in [source.resolve() for source in sources]:
+        raise CafError("the result would overwrite a source", out, "Choose another name")
+    if not out.parent.is_dir(): raise CafError("there is no such folder", out.parent, "Make it first")
+
+# %% ../nbs/lib/18_fusion.ipynb #77c49df5
+def fuse_video(net: nn.Module,        # as for `fuse`
+               ir: str | Path,        # video or folder of frames
+               vi: str | Path,        # likewise
+               out: str | Path,       # .mp4, .mov, or .mkv (without loss)
+               color: bool = True,    # put the chroma of `vi` back, where it has any
+               progress: bool = True, # show a bar on stderr
+               overwrite: bool = True, # else a result that is there stays
+               max_pixels: int | None = None, # of a frame, as for `fuse_folder`; the next four likewise
+               ir_range: str | Levels = "full",
+               engine: str = "",
+               precision: str = "float",
+               ir_contrast: str = "none",
+               rate: float = 25,      # frames a second, of folders
+) -> FolderResult:
+    "Fuse two videos, or two folders of frames, to one video. Raises `CafError` if that is not possible."
+    start, ir, vi, out = time.perf_counter(), Path(ir), Path(vi), Path(out)
+    _check_video(out, (ir, vi))
+    if out.exists() and not overwrite: return FolderResult([], [], [], {}, [out], time.perf_counter() - start, "none")
+    moving = _moving(ir, vi, ir_range, max_pixels, rate)
+    seen, told = list[tuple[Tensor, Tensor]](), "as given"
+
+    def fused_frames() -> Iterator[Tensor]: # uint8
+        nonlocal net, told
+        shown = tqdm(moving.frames, "fuse", moving.known or None, unit="frame", disable=not progress)
+        for i, (a, b) in enumerate(shown):
+            if len(seen) < 6 and i % 25 == 0: seen.append((a, b))
+            if not i and engine: net, told = _choose_engine(net, a, luma(b), engine, precision, moving.known or _MANY)
+            with torch.inference_mode(): fused = fuse(net, raise_contrast(a, ir_contrast), luma(b))
+            yield recolor_uint8(fused, b) if color and (b != b[:1]).any() else to_uint8(fused)
+
+    n = write_video(out, fused_frames(), moving.rate)
+    _warn_if_shifted(seen, ir)
+    return FolderResult([out], [], [], {}, [], time.perf_counter() - start, told, n, moving.levels)
 
 # %% ../nbs/lib/18_fusion.ipynb #c7f8bbb3
 def contact_sheet(file: Path,                               # FILE.png

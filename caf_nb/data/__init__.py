@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['Batch', 'EXTENSIONS', 'LazySequence', 'M3FD_CLASSES', 'MFNET_CLASSES', 'MULTISPECTRAL_CLASSES', 'Pair', 'PairFolder',
-           'Scene', 'batches', 'collate', 'html_row', 'luma', 'marked', 'pair_shift', 'read_image', 'read_pair',
-           'recolor', 'recolor_uint8', 'rgb_to_ycbcr', 'to_uint8', 'write_png', 'ycbcr_to_rgb', 'DISJOINT', 'Item',
-           'M3FD', 'MFNet', 'MSRS', 'Multispectral', 'NOTES', 'Published', 'READERS', 'RoadScene', 'SPLIT_VERSION',
-           'SplitBy', 'split_leak', 'Split', 'TNO', 'load_dataset', 'read_split', 'where', 'write_split', 'Blocks',
-           'Checked', 'blocks', 'check', 'deal', 'find_scenes', 'make_split', 'prepare', 'read_blocks', 'box_fault',
-           'image_size', 'listed_names', 'read_mask', 'read_yaml', 'read_yolo']
+           'Scene', 'VIDEOS', 'Video', 'batches', 'collate', 'html_row', 'luma', 'marked', 'pair_shift', 'read_image',
+           'read_pair', 'recolor', 'recolor_uint8', 'rgb_to_ycbcr', 'to_uint8', 'write_png', 'ycbcr_to_rgb', 'DISJOINT',
+           'Item', 'M3FD', 'MFNet', 'MSRS', 'Multispectral', 'NOTES', 'Published', 'READERS', 'RoadScene',
+           'SPLIT_VERSION', 'SplitBy', 'split_leak', 'Split', 'TNO', 'load_dataset', 'read_split', 'where',
+           'write_split', 'Blocks', 'Checked', 'blocks', 'check', 'deal', 'find_scenes', 'make_split', 'prepare',
+           'read_blocks', 'box_fault', 'image_size', 'listed_names', 'read_mask', 'read_yaml', 'read_yolo']
 
 # %% ../../nbs/lib/07_data.ipynb #6ecf67b7
 from caf_nb.data.pictures import (
     Batch, EXTENSIONS, LazySequence, M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Pair, PairFolder, Scene,
-    batches, collate, html_row, image_size, luma, marked, pair_shift, read_image, read_pair, recolor, recolor_uint8,
-    rgb_to_ycbcr, to_uint8, write_png,
-    ycbcr_to_rgb,
+    VIDEOS, Video, batches, collate, html_row, image_size, luma, marked, pair_shift, read_image, read_pair, recolor,
+    recolor_uint8, rgb_to_ycbcr, to_uint8, write_png, ycbcr_to_rgb,
 )
 from caf_nb.data.sets import (
     DISJOINT, Item, M3FD, MFNet, MSRS, Multispectral, NOTES, Published, READERS, RoadScene, SPLIT_VERSION, Split,
@@ -29,9 +28,8 @@ from caf_nb.data.archives import (
 # %% ../../nbs/lib/07_data.ipynb #9f0f69ce
 _all_ = [
     "Batch", "EXTENSIONS", "LazySequence", "M3FD_CLASSES", "MFNET_CLASSES", "MULTISPECTRAL_CLASSES", "Pair",
-    "PairFolder", "Scene", "batches", "collate", "html_row", "luma", "marked", "pair_shift", "read_image", "read_pair", "recolor",
-    "recolor_uint8",
-    "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
+    "PairFolder", "Scene", "VIDEOS", "Video", "batches", "collate", "html_row", "luma", "marked", "pair_shift", "read_image",
+    "read_pair", "recolor", "recolor_uint8", "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "SplitBy", "split_leak",
     "Split", "TNO", "load_dataset", "read_split",
     "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_split",
