@@ -1,5 +1,9 @@
-"""The explorer in a real browser: JupyterLab on a loopback port, Chromium driven by playwright, clicks and keys only."""
+"""Notebooks in a real browser: JupyterLab on a loopback port, Chromium driven by playwright, clicks and keys only.
 
+With CAF_SCREENSHOTS=FOLDER the pictures of the site are written there (`python tools/screenshots.py`).
+"""
+
+import json
 import os
 import shutil
 import socket
@@ -16,14 +20,19 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURE = "() => document.querySelector('.caf-explorer canvas').toDataURL()"
 
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("anywidget", reason="the extra widgets is not installed")
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "The address of a server whose folder holds one notebook with the explorer."
+    "The address of a server, and its folder: the notebooks, and one with the explorer."
     folder, free = tmp_path_factory.mktemp("lab"), socket.socket()
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
     free.close()
+    for name in ("index", "table1", "figure6"): shutil.copy(ROOT / f"nbs/{name}.ipynb", folder)
     code = nbformat.v4.new_code_cell("import caf_nb.widgets\ncaf_nb.widgets.explore(steps=4)")
     nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), folder / "explorer.ipynb")
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
@@ -37,37 +46,67 @@ def lab(tmp_path_factory):
             except OSError: time.sleep(0.5)
             else: break
         else: pytest.fail((folder / "log").read_text()[-2000:])
-        yield f"http://127.0.0.1:{port}/lab/tree/explorer.ipynb?reset"
+        yield f"http://127.0.0.1:{port}/lab/tree", folder
     finally:
         server.terminate()
         server.wait(30)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-def test_a_slider_changes_the_picture(lab, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    pytest.importorskip("anywidget", reason="the extra widgets is not installed")
+@pytest.fixture
+def page():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(180_000)
-        page.goto(lab)
-        page.locator(".jp-Notebook .cm-content").first.click()
-        page.keyboard.press("Shift+Enter")
-        page.locator(".caf-explorer canvas").wait_for()
-        page.wait_for_function("() => /MI .*SCD/.test(document.querySelector('.caf-status').textContent)")
-        first = page.evaluate(PICTURE)
-        slider = page.get_by_label("l1_ir", exact=True)
-        slider.focus()
-        page.keyboard.press("End")
-        page.wait_for_function("before => document.querySelector('.caf-explorer canvas').toDataURL() !== before", arg=first)
-        page.wait_for_function("() => /^24 steps/.test(document.querySelector('.caf-status').textContent)")
-        moved = page.evaluate(PICTURE)
-        page.get_by_label("View", exact=True).select_option("difference")
-        page.wait_for_function("before => document.querySelector('.caf-explorer canvas').toDataURL() !== before", arg=moved)
-        page.get_by_role("button", name="hand-crafted").click()
-        page.wait_for_function("() => document.querySelector('[aria-label=l1_ir]').value === '0'")
-        page.get_by_label("View", exact=True).select_option("side by side")
-        page.screenshot(path=os.environ.get("CAF_SCREENSHOT", str(tmp_path / "explorer.png")))
+        page.set_default_timeout(240_000)
+        yield page
         browser.close()
+
+
+def shoot(page, name):
+    "A picture for the site, where one is wanted."
+    if folder := os.environ.get("CAF_SCREENSHOTS"): page.screenshot(path=f"{folder}/{name}.jpg", type="jpeg", quality=80)
+
+
+def test_a_slider_changes_the_picture(lab, page):
+    page.goto(f"{lab[0]}/explorer.ipynb?reset")
+    page.locator(".jp-Notebook .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+    page.locator(".caf-explorer canvas").wait_for()
+    page.wait_for_function("() => /MI .*SCD/.test(document.querySelector('.caf-status').textContent)")
+    first = page.evaluate(PICTURE)
+    slider = page.get_by_label("l1_ir", exact=True)
+    slider.focus()
+    page.keyboard.press("End")
+    page.wait_for_function("before => document.querySelector('.caf-explorer canvas').toDataURL() !== before", arg=first)
+    page.wait_for_function("() => /^24 steps/.test(document.querySelector('.caf-status').textContent)")
+    moved = page.evaluate(PICTURE)
+    page.get_by_label("View", exact=True).select_option("difference")
+    page.wait_for_function("before => document.querySelector('.caf-explorer canvas').toDataURL() !== before", arg=moved)
+    page.get_by_role("button", name="hand-crafted").click()
+    page.wait_for_function("() => document.querySelector('[aria-label=l1_ir]').value === '0'")
+    page.get_by_label("View", exact=True).select_option("side by side")
+    shoot(page, "explorer")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, shown", [("index", "img"), ("table1", "table"), ("figure6", "img")])
+def test_run_by_the_menu(lab, page, name, shown):
+    "Every cell runs without an error, the notebook is saved with its outputs by Ctrl-S, and there is something to look at."
+    page.goto(f"{lab[0]}/{name}.ipynb?reset")
+    page.locator(".jp-Notebook .cm-content").first.wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    file, limit = lab[1] / f"{name}.ipynb", time.monotonic() + 540
+    while time.monotonic() < limit:
+        page.wait_for_timeout(2000)
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(1000)
+        code = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+        failed = [output["ename"] for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+        assert not failed, failed
+        if all(cell["execution_count"] for cell in code): break
+    else: pytest.fail(f"{sum(not cell['execution_count'] for cell in code)} cells did not run")
+    seen = page.locator(f".jp-OutputArea-output {shown}").first
+    seen.scroll_into_view_if_needed()
+    assert seen.bounding_box()["height"] > 50
+    shoot(page, name)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import caf_nb
 from caf_nb.cli import fuse_app
-from caf_nb.data import read_image, write_png
+from caf_nb.data import luma, read_image, write_png
 from caf_nb.fusion import FusionNet, save_fusion
 from caf_nb.synth import SynthScenes
 from caf_nb.zoo import METHODS, build_network, find_method
@@ -169,6 +169,22 @@ def test_plugin(folder):
     finally: METHODS.pop("darker", None)
     assert run.exit_code == 0 and sorted(p.name for p in (folder / "new").iterdir()) == ["darker", "mean", "sheet.png"]
     assert caf_fuse(folder, plugin=folder / "vi/0.png").exit_code == 1
+
+
+def test_a_method_of_an_installed_package(folder, monkeypatch):
+    "What a package registers is a method in any case of its name, and is listed with the others; a module that is not there is told."
+    site, about = made(folder, "site"), made(folder / "site", "brighter-1.0.dist-info")
+    text(site, "brighter.py", "from torch import nn\nfrom caf_nb.zoo import Method\nclass Brighter(nn.Module):\n    def forward(self, ir, vi): return ir.maximum(vi)\n"
+                              "METHOD = Method(Brighter, 'Brighter', read=None)\n")
+    text(about, "METADATA", "Metadata-Version: 2.1\nName: brighter\nVersion: 1.0\n")
+    text(about, "entry_points.txt", "[caf_nb.methods]\nBrighter = brighter:METHOD\ngone = brighter_gone:METHOD\n")
+    monkeypatch.syspath_prepend(site)
+    run = caf_fuse(folder, method="BRIGHTER", weights=None, gray=True)
+    assert run.exit_code == 0 and "brighter" not in METHODS
+    ir, vi = (read_image(folder / kind / "0.png") for kind in ("ir", "vi"))
+    assert (read_image(folder / "out/0.png") - ir.maximum(luma(vi))).abs().max() <= 1 / 255
+    assert "reconet, u2fusion, tardal, brighter" in caf_fuse(folder, method="brightest", weights=None).stderr
+    assert "method 'gone' has no module brighter_gone" in caf_fuse(folder, method="gone", weights=None).stderr
 
 
 def test_swapped_folders(folder):

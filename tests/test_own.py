@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from caf_nb.cli import search_app
@@ -11,6 +12,7 @@ from caf_nb.data import write_png
 from caf_nb.search import SearchResult
 from caf_nb.stages.own_data import own_pairs, read_layout
 from caf_nb.synth import SynthScenes
+from caf_nb.tasks import Detector
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,25 @@ def test_from_pairs_to_a_page(pairs, tmp_path, monkeypatch):
     beta = SearchResult.load(tmp_path / "loss.json").beta
     assert list(found["weights"].values()) == pytest.approx(beta.tolist(), abs=1e-6) and beta.std() > 1e-4
     assert float((tmp_path / "scores.csv").read_text().splitlines()[1].split(",")[-1]) == pytest.approx(found["scores"]["mean"]["mIoU"], abs=1e-6)
+
+
+@pytest.mark.long
+def test_any_detector_of_ultralytics_and_a_start(tmp_path, monkeypatch):
+    "Boxes, yolo11n, and weights that somebody trained with ultralytics."
+    for kind in ("ir", "vi", "labels"): (tmp_path / kind).mkdir()
+    for scene in (scenes := SynthScenes(14, 64, seed=1)):
+        for kind in ("ir", "vi"): write_png(tmp_path / kind / f"{scene.stem}.png", getattr(scene, kind))
+        rows = (f"{int(c)} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in scene.boxes.tolist())
+        (tmp_path / f"labels/{scene.stem}.txt").write_text("".join(rows))
+    torch.save({"model": Detector(("person", "car"), "yolo11n", seed=3).net}, tmp_path / "trained.pt")
+    (tmp_path / "data.yaml").write_text(f"ir: ir\nvi: vi\nlabels: labels\nmodel: yolo11n\nstart: trained.pt\nnames: {list(scenes.classes)}\n")
+    smoke = Profile.named("smoke")
+    shorter = {"search": SearchSettings(epochs=1, batch_size=5), "fusion": FusionSettings(epochs=1, batch_size=4, crop=32),
+               "detector": smoke.detector.model_copy(update={"epochs": 1})}
+    monkeypatch.setattr(Profile, "named", lambda name: smoke.model_copy(update=shorter))
+    run = search(tmp_path, "--out", tmp_path / "out", "--compare", "mean", "--task", "detection")
+    assert run.exit_code == 0 and "random weights" not in run.stdout
+    assert "trained.pt" in (tmp_path / "out/index.html").read_text() and "yolo11n" in run.stdout
 
 
 def test_the_check_comes_first(pairs, tmp_path):

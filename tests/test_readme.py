@@ -1,7 +1,10 @@
 """The README's snippet runs, and what it names exists."""
 
+import json
 import re
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -37,3 +40,15 @@ def test_results():
 
 def test_length():
     assert len(README.splitlines()) <= 120
+
+
+def test_the_badge_opens_the_tour():
+    "It names the repository of settings.ini; the tour installs from there in Colab, and nothing anywhere else."
+    settings = dict(re.findall(r"^(\w+) = (.*)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE))
+    repository = settings["git_url"].removeprefix("https://github.com/")
+    assert f"https://colab.research.google.com/github/{repository}/blob/{settings['branch']}/nbs/index.ipynb" in README
+    cells = ["".join(cell["source"]) for cell in json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    commands = []
+    for modules in ({}, {"google.colab": object()}):
+        with patch.dict(sys.modules, modules), patch("subprocess.run", lambda words, check: commands.append(words)): exec(cells[0], {})
+    assert [words[-1] for words in commands] == [f"caf_nb[all] @ git+{settings['git_url']}"]

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -110,12 +111,22 @@ def contained_ultralytics() -> Iterator[None]:
 # %% ../../nbs/lib/13_detector.ipynb #a26ab644
 DETECTORS = ("yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x")
 
+_SERIES = re.compile(r"(yolov?\d+)([a-z])") # no yolo11n-seg
+
+def _description(model: str, models: Path) -> Path: # of ultralytics; it reads the scale from the name
+    "Raises `CafError` if that is no detector, with those there are."
+    described = {file.stem: file.parent for file in models.glob("*/yolo*.yaml") if "-" not in file.stem}
+    named = _SERIES.fullmatch(model)
+    if model in described and named: return described[model]/f"{model}.yaml"
+    sized = [name for name, folder in described.items() if "\nscales:" in (folder/f"{name}.yaml").read_text("utf-8")]
+    if named and named[1] in sized and named[2] in "nsmlx": return described[named[1]]/f"{model}.yaml"
+    known = sorted([f"{name}n" for name in sized if name[-1].isdigit()] + [n for n in described if n[-1].isalpha()])
+    raise CafError(f"there is no detector {model!r}", remedy=f"Choose one of {', '.join(known)}; or s, m, l, x for n")
+
 def _detection_network(model: str, classes: tuple[str, ...], seed: int) -> Any: # an ultralytics DetectionModel
     "Build a YOLO network from the description that ships with ultralytics."
-    if model not in DETECTORS:
-        raise CafError(f"there is no detector {model!r}", remedy=f"Choose one of {', '.join(DETECTORS)}")
     tasks, cfg = optional("ultralytics.nn.tasks", "tasks"), optional("ultralytics.cfg", "tasks")
-    file = Path(str(cfg.__file__)).parent / "models" / "v5" / f"{model}.yaml"  # it reads the scale from the name
+    file = _description(model, Path(str(cfg.__file__)).parent/"models")
     torch.manual_seed(seed)
     net = tasks.DetectionModel(str(file), nc=len(classes), verbose=False)
     net.args = cfg.get_cfg()  # the gains of the loss
@@ -140,7 +151,9 @@ def _trained_network(file: str | Path, tensors: dict[str, Tensor], names: list[s
     rows = next((t for name, t in tensors.items() if name.endswith(".cv3.0.2.weight")), torch.empty(0))
     if rows.ndim == 4 and len(rows) == len(names):
         net = _detection_network(model, tuple(map(str, range(min(rows.shape[1], 100)))), seed=0)
-        for branch in net.model[-1].cv3: branch[-1] = nn.Conv2d(branch[-1].in_channels, len(names), 1)
+        for part in ("cv3", "one2one_cv3"): # the second where a network needs no suppression of doubles
+            for branch in getattr(net.model[-1], part, []):
+                branch[-1] = nn.Conv2d(branch[-1].in_channels, len(names), 1)
         net.names = dict(enumerate(names))
         fitting = {name: tensors[name] for name, t in net.state_dict().items() if name in tensors
                    and tensors[name].shape == t.shape}
@@ -204,7 +217,7 @@ class Detector(nn.Module):
     net: Any  # a DetectionModel of ultralytics
 
     def __init__(self, classes: Sequence[str],              # names, in the order of the class indices
-                 model: str = "yolov5n",                    # one of `DETECTORS`
+                 model: str = "yolov5n",                    # or any other of ultralytics: yolov8s, yolo11n, ...
                  weights: str | Path | None = None,         # local file, or None for random weights
                  seed: int = 0,                             # of all weights that `weights` does not bring
     ):

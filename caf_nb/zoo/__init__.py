@@ -75,9 +75,8 @@ class Method(NamedTuple):
     recipe: tuple[Recipe, ...] = ()       # stages in order; empty where none was published
 
 # %% ../../nbs/zoo/index.ipynb #1a7261a3
-def _entry(name: str) -> str | Method | None: # of `METHODS`, or of a package that registers the method
-    registered = {e.name.lower(): e.value for e in entry_points(group="caf_nb.methods")} if name not in METHODS else {}
-    return METHODS.get(name, registered.get(name))
+def _registered() -> dict[str, str]: # by installed packages
+    return {entry.name.lower(): entry.value for entry in entry_points(group="caf_nb.methods")}
 
 METHODS: dict[str, str | Method] = {
     "caf": "caf_nb.fusion:CAF", "ir": "caf_nb.fusion:INFRARED", "vi": "caf_nb.fusion:VISIBLE",
@@ -94,15 +93,16 @@ METHODS: dict[str, str | Method] = {
 def find_method(name: str, # a name in `METHODS` or of an installed package, in any case
 ) -> Method:
     "The entry of a method. Raises `CafError` on an unknown name, with the known ones."
-    entry = _entry(name.lower())
+    entry = METHODS.get(name.lower()) or _registered().get(name.lower())
     if entry is None:
-        raise UnknownName(f"there is no method {name!r}", remedy=f"Choose one of {', '.join(METHODS)}")
+        known = ", ".join(METHODS | _registered())
+        raise UnknownName(f"there is no method {name!r}", remedy=f"Choose one of {known}")
     if isinstance(entry, Method): return entry
     module, _, attribute = entry.partition(":")
     try: return getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name != module: raise  # some library that the module needs
-        raise CafError(f"method {name!r} has no module {module}", remedy="Correct its line in METHODS") from None
+        raise CafError(f"method {name!r} has no module {module}", remedy="Correct its line in METHODS, or the package that registers it") from None
 
 # %% ../../nbs/zoo/index.ipynb #6dd11fd7
 def load_plugin(file: str | Path, # it has a `METHOD`, called as the file, or adds to `METHODS`; its code is executed
