@@ -84,6 +84,7 @@ class DetectorSettings(_Settings):
     batch_size: int
     nominal_batch: int             # images per optimiser step; YOLOv5's recipe: 64
     pretrained: bool               # start from COCO weights
+    anchors: bool = False          # the original YOLOv5 with its anchors and loss; needs the distribution `yolov5`
     patience: int = Field(0, ge=0) # epochs without a better validation score before it stops; 0: never
     recipe: Literal["yolov5", "auto"] = "yolov5" # that of YOLOv5, as in the paper; auto: what ultralytics chooses
     _before = {"recipe": "auto"}

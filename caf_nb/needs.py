@@ -25,7 +25,7 @@ from caf_nb.stages.sources import (
     BlockData, CLASSES, Data, Pretrained, deeplab_weights, detector_weights, read_part, segmenter_weights, task_sets,
     vgg_weights,
 )
-from .tasks import DeepLab, Detector, Segmenter
+from .tasks import DeepLab, Segmenter, find_detector
 from .losses.vgg import load_vgg
 from .zoo import find_method
 
@@ -107,7 +107,8 @@ def _weight_needs(profile: Profile, weights_root: str | Path) -> list[Need]:
     detector, segmenter, needs = profile.detector, profile.segmenter, []
     def add(entry, load): needs.append(_pretrained_need(entry, weights_root, load))
     if detector.pretrained:
-        add(detector_weights(detector.model), lambda file: Detector(M3FD_CLASSES, detector.model, file))
+        add(detector_weights(detector.model, detector.anchors),
+            lambda file: find_detector(detector.anchors)(M3FD_CLASSES, detector.model, file))
     if segmenter.pretrained:
         add(segmenter_weights(segmenter.model), lambda file: Segmenter(MFNET_CLASSES, segmenter.model, file))
     depth = {"imagenet": 16, "vgg19": 19}.get(profile.vgg)
@@ -149,7 +150,8 @@ def _card_need() -> Need:
 def _library_need(module: str) -> Need:
     "An optional library."
     if importlib.util.find_spec(module): return Need(module, "there", "installed")
-    return Need(module, "missing", "it is not installed", 'Run pip install "caf_nb[tasks]"')
+    command = '--no-deps yolov5 "setuptools<81"' if module == "yolov5" else '"caf_nb[tasks]"'
+    return Need(module, "missing", "it is not installed", f"Run pip install {command}")
 
 # %% ../nbs/lib/30_needs.ipynb #6eba68f6
 def with_room(needs: Sequence[Need], stages: Iterable[Any], cache: str | Path, data_root: str | Path) -> list[Need]:
@@ -168,7 +170,8 @@ def find_needs(profile: Profile,
 ) -> list[Need]:
     "All that a run of a profile uses. Nothing is computed, and nothing is raised: see `require`."
     published = bool(str(data_root)) or profile.data.source == "published"
-    needs = [_library_need(module) for module in ("ultralytics", "transformers")]
+    original = ("yolov5",) if profile.detector.anchors else ()
+    needs = [_library_need(module) for module in ("ultralytics", "transformers", *original)]
     if published: needs += [_data_need(name, data_root, profile.data) for name in _data_names(profile.data, data_root)]
     needs += _weight_needs(profile, weights_root)
     compared = [method for method in dict.fromkeys(methods) if find_method(method).read is not None]

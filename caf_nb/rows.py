@@ -112,10 +112,11 @@ class _Starts(_Shared):
     def start(self, task: Task) -> Pretrain | Weights | None:
         "Where the task network comes from; None for random initialisation."
         settings, pretraining = next(iter(self.task_network(task).values())), self.profile.pretraining
-        published = (detector_weights if task == "detection" else segmenter_weights)(settings.model)
+        anchors = getattr(settings, "anchors", False)
+        published = segmenter_weights(settings.model) if task == "segmentation" else detector_weights(settings.model, anchors)
         if (file := published.find(self.weights_root)) or settings.pretrained:
             return Weights(file=str(file or Path(self.weights_root)/published.pattern))
-        if self.profile.bundled:
+        if self.profile.bundled and not anchors:
             return bundled_weights(f"{settings.model}.safetensors" if task == "detection"
                                    else f"segformer-{settings.model}")
         if pretraining is None: return None

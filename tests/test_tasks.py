@@ -470,6 +470,42 @@ def test_a_step_on_the_original_loss_lowers_it(original):
     assert losses[-1] < losses[0]
 
 
+def test_boxes_of_the_original_are_those_of_its_own_program(original):
+    "Its non-maximum suppression on its answer, and that of ultralytics on ours."
+    from caf_nb.report import detect
+    from yolov5.utils.general import non_max_suppression
+
+    detector, images = original(M3FD_CLASSES, seed=3).eval(), noise(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        for conv in detector.net.model[-1].m:  # somebody is sure of something
+            torch.nn.init.normal_(conv.weight, std=0.1, generator=torch.Generator().manual_seed(1)), torch.nn.init.zeros_(conv.bias)
+        theirs = non_max_suppression(detector.net(images)[0], 0.1, 0.6)
+        ours = detect(detector, images, 0.1, 0.6)
+    for found, rows in zip(ours, theirs):
+        rows[:, :4] = rows[:, :4].clamp(0, SIZE)
+        assert len(rows) == len(found.labels) > 10
+        mine = torch.cat([found.corners, found.scores[:, None], torch.tensor([[M3FD_CLASSES.index(name)] for name in found.labels])], 1)
+        assert torch.allclose(*(torch.tensor(sorted(x.round(decimals=3).tolist())) for x in (mine, rows)), atol=2e-3)
+
+
+def test_the_original_is_trained_and_scored_like_the_other(original, tmp_path):
+    "From the search to a score by one field of the settings; a second start from the checkpoint scores the same."
+    from caf_nb.config import DataSettings, SearchSettings
+    from caf_nb.stages import Data, FinetuneDetector, FuseDataset, Method, Search
+
+    settings = DetectorSettings(model="yolov5n", epochs=2, batch_size=4, nominal_batch=4, pretrained=False, anchors=True)
+    infra = {"folder": str(tmp_path)}
+    data = Data.of("m3fd", DataSettings(source="embedded", size=32, train=4, val=2, test=2))
+    found = Search(data=data, settings=SearchSettings(epochs=1, batch_size=2), detector=settings, infra=infra)
+    assert "yolov5n from random (seed 0)" in found.provenance()["task network of the search"]
+    stage = FinetuneDetector(fused=FuseDataset(data=data, model=Method(method="mean"), infra=infra), settings=settings, infra=infra)
+    result, network = stage.run(), stage.trained()
+    assert isinstance(network, original) and len(result.losses) == 2 and len(stage.scores()) == len(M3FD_CLASSES) + 2
+    assert evaluate_detector(network, stage.fused.run(), 32).map == result.map
+    assert not same(network, original(M3FD_CLASSES))
+    assert settings.model_copy(update={"anchors": False})._exca_uid_dict_override().keys() == settings._exca_uid_dict_override().keys() - {"anchors"}
+
+
 def test_weights_of_the_original(original, tmp_path):
     theirs = original((*(f"class {i}" for i in range(79)), "car"), seed=5)
     torch.save({"epoch": -1, "best_fitness": np.array([0.5]), "model": theirs.net.half(), "ema": None, "optimizer": None, "date": "2022-01-01"},
@@ -477,7 +513,8 @@ def test_weights_of_the_original(original, tmp_path):
     theirs.net.float()
     torch.manual_seed(1)
     start = original(M3FD_CLASSES, weights=tmp_path / "yolov5n.pt")
-    assert start.provenance == "yolov5n.pt (COCO, by its name; no People, Bus, Lamp, Motorcycle, Truck in it, seed 0)"
+    digest = hashlib.sha256((tmp_path / "yolov5n.pt").read_bytes()).hexdigest()[:12]
+    assert start.provenance == f"yolov5n.pt (SHA-256 {digest}; 80 classes; no People, Bus, Lamp, Motorcycle, Truck in it, seed 0)"
     head = {name for name in start.net.state_dict() if name.startswith("model.24.m.")}
     own, random = start.net.state_dict(), original(M3FD_CLASSES).net.state_dict()
     assert len(head) == 6 and all(torch.equal(own[name], t) for name, t in theirs.net.state_dict().items() if name not in head)
@@ -489,7 +526,7 @@ def test_weights_of_the_original(original, tmp_path):
 
     torch.save({"ema": start.net, "model": None}, tmp_path / "mine.pt")
     again = original(M3FD_CLASSES, weights=tmp_path / "mine.pt")
-    assert again.provenance == "mine.pt" and same(again, start)
+    assert again.provenance.startswith("mine.pt (SHA-256") and same(again, start)
     with pytest.raises(CafError, match="holds another network than yolov5s"):
         original(M3FD_CLASSES, "yolov5s", weights=tmp_path / "mine.pt")
     torch.save({"model": Payload()}, tmp_path / "evil.pt")

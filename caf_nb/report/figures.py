@@ -23,7 +23,7 @@ from ..core import CafError, optional
 from ..data import M3FD_CLASSES, MFNET_CLASSES, MULTISPECTRAL_CLASSES, Scene, luma, read_image
 from ..losses import edges
 from ..rows import cell_file, read_cell, row_style
-from ..tasks import Detector, contained_ultralytics
+from ..tasks import AnchorDetector, Detector, contained_ultralytics
 
 # %% ../../nbs/lib/35_figures.ipynb #9d3a464f
 class Window(NamedTuple):
@@ -176,7 +176,7 @@ def show_fused(folders: Mapping[str, Path],  # method -> folder that `FuseDatase
 
 # %% ../../nbs/lib/35_figures.ipynb #ed895838
 @torch.no_grad()
-def detect(detector: Detector,
+def detect(detector: Detector | AnchorDetector,
            images: Tensor,            # RGB (B,3,H,W) in [0,1]
            confidence: float = 0.25,  # lowest score
            overlap: float = 0.6,      # IoU above which two boxes are one
@@ -186,7 +186,7 @@ def detect(detector: Detector,
     h, w = images.shape[-2:]
     with contained_ultralytics():
         training, nms = detector.training, optional("ultralytics.utils.nms", "tasks")
-        try: raw = detector.eval().net(F.pad(images, (0, -w % 32, 0, -h % 32), value=114 / 255))
+        try: raw = detector.eval().judged(F.pad(images, (0, -w % 32, 0, -h % 32), value=114 / 255))
         finally: detector.train(training)
         kept = nms.non_max_suppression(raw, confidence, overlap, max_det=most, nc=len(detector.classes))
     limit = torch.tensor([w, h, w, h])

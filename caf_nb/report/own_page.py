@@ -22,7 +22,6 @@ from ..fusion import save_fusion
 from ..losses import TERMS
 from .figures import detect, rich_scenes
 from ..stages.own_data import Plan, check_own, found_loss, own_plan, read_layout
-from ..tasks import Detector, Segmenter
 
 # %% ../../nbs/lib/39_own_page.ipynb #22610f8b
 def _own_scores(plan: Plan,
@@ -38,15 +37,11 @@ def _own_scores(plan: Plan,
 # %% ../../nbs/lib/39_own_page.ipynb #a3b8d61a
 def _finder(plan: Plan, row: str) -> Callable[[Tensor], Image.Image]: # a picture (3,H,W) in [0,1]
     "Draws what the task network of a row finds in a picture."
-    stage, classes = plan.scores[row], plan.data.classes
-    weights = stage.run().checkpoint
-    if plan.data.masks:
-        segmenter = Segmenter(classes, stage.settings.model, weights)
-        return lambda image: marked(image, mask=segmenter.predict(image[None])[0])
-    detector = Detector(classes, stage.settings.model, weights)
+    network, classes = plan.scores[row].trained(), plan.data.classes
+    if plan.data.masks: return lambda image: marked(image, mask=network.predict(image[None])[0])
 
     def boxes(image: Tensor) -> Image.Image:
-        (found,), (h, w) = detect(detector, image[None]), image.shape[1:]
+        (found,), (h, w) = detect(network, image[None]), image.shape[1:]
         centre, size = (found.corners[:, :2] + found.corners[:, 2:]) / 2, found.corners[:, 2:] - found.corners[:, :2]
         numbers = torch.tensor([classes.index(name) for name in found.labels], dtype=torch.float32)
         sides = torch.tensor([w, h])

@@ -41,7 +41,7 @@ from ..losses import LossSpace, TERMS, Variant
 from ..metrics import measure
 from ..search import search
 from .sources import BlockData, Data, SPLITS, in_memory
-from ..tasks import Detector, Segmenter
+from ..tasks import AnchorDetector, Detector, Segmenter, find_detector
 from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, caf_recipe, finetune_detector, finetune_segmenter, train_fusion,
     train_joint, write_mask_folder, write_yolo_folder,
@@ -316,19 +316,23 @@ def _only_one(detector: DetectorSettings | None, segmenter: SegmenterSettings | 
     if len(given) == 1: return given[0]
     raise CafError("a task needs a detector or a segmenter, and only one", remedy="Set one of the two")
 
-def _task_network(data: Data, settings: _Settings, start: Start, seed: int) -> Detector | Segmenter:
+_Network = Detector | AnchorDetector | Segmenter
+
+def _network(settings: _Settings) -> Any: # what makes a task network
+    return find_detector(settings.anchors) if isinstance(settings, DetectorSettings) else Segmenter
+
+def _task_network(data: Data, settings: _Settings, start: Start, seed: int) -> _Network:
     "The task network at its start."
     pretrained = start.run() if start else None
-    network = Detector if isinstance(settings, DetectorSettings) else Segmenter
-    task = network(data.classes, settings.model, pretrained and pretrained.file, seed)
+    task = _network(settings)(data.classes, settings.model, pretrained and pretrained.file, seed)
     if pretrained and pretrained.provenance: task.provenance = pretrained.provenance
     if pretrained and getattr(settings, "recipe", "") == "plain": task.net.eval() # as mini was made
     return task
 
-def _finetune(task: Detector | Segmenter, pictures: Path, settings: Any, size: int, out: Path, seed: int) -> Any:
+def _finetune(task: _Network, pictures: Path, settings: Any, size: int, out: Path, seed: int) -> Any:
     "The result of the task's own trainer and validator on a folder of pictures."
     state = out.with_name(f"{out.name}_state")
-    if isinstance(task, Detector): return finetune_detector(task, pictures, settings, size, out, seed, folder=state)
+    if not isinstance(task, Segmenter): return finetune_detector(task, pictures, settings, size, out, seed, folder=state)
     train, test = MaskFolder(pictures, "train"), MaskFolder(pictures, "test")
     return finetune_segmenter(task.to(device()), train, test, settings, out, seed, folder=state)
 
@@ -659,6 +663,11 @@ class _Finetuning(BaseModel):
         pictures = self.fused.run()
         task = _task_network(self.fused.data, settings, self.start, self.seed)
         return _finetune(task, pictures, settings, size, out, self.seed)
+
+    def trained(self) -> Any:
+        "The fine-tuned network, a `Detector`, `AnchorDetector` or `Segmenter`."
+        settings: _Settings = self.settings # type: ignore[attr-defined]
+        return _network(settings)(self.fused.data.classes, settings.model, self.run().checkpoint)
 
     def provenance(self) -> dict[str, str]:
         "Provenance of the images, then that of the task network."

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Task', 'check_images', 'check_masks', 'check_rows', 'contained_ultralytics', 'DETECTORS', 'yolo_batch', 'Detector',
-           'AnchorDetector', 'SEGMENTERS', 'Segmenter', 'CITYSCAPES_CLASSES', 'DEEPLABS', 'DeepLab', 'show_segmented',
-           'shared_classes', 'find_deeplab', 'Segmented', 'segment', 'painted_by']
+           'AnchorDetector', 'find_detector', 'SEGMENTERS', 'Segmenter', 'CITYSCAPES_CLASSES', 'DEEPLABS', 'DeepLab',
+           'show_segmented', 'shared_classes', 'find_deeplab', 'Segmented', 'segment', 'painted_by']
 
 # %% ../../nbs/lib/17_tasks.ipynb #52789e48
 from .task import Task, check_images, check_masks, check_rows
 from .detector import contained_ultralytics, DETECTORS, yolo_batch, Detector
-from .anchors import AnchorDetector
+from .anchors import AnchorDetector, find_detector
 from .segmenter import SEGMENTERS, Segmenter
 from caf_nb.tasks.deeplab import (
     CITYSCAPES_CLASSES, DEEPLABS, DeepLab,
@@ -21,6 +21,6 @@ from caf_nb.tasks.deeplab import (
 # %% ../../nbs/lib/17_tasks.ipynb #142eda7b
 _all_ = [
     "Task", "check_images", "check_masks", "check_rows", "contained_ultralytics", "DETECTORS", "yolo_batch",
-    "Detector", "AnchorDetector", "SEGMENTERS", "Segmenter", "CITYSCAPES_CLASSES", "DEEPLABS", "DeepLab",
+    "Detector", "AnchorDetector", "find_detector", "SEGMENTERS", "Segmenter", "CITYSCAPES_CLASSES", "DEEPLABS", "DeepLab",
     "show_segmented", "shared_classes", "find_deeplab", "Segmented", "segment", "painted_by",
 ]

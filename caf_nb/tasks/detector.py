@@ -242,6 +242,11 @@ class Detector(nn.Module):
         parts, _ = self.net.loss(yolo_batch(images, targets))
         return parts.sum() / len(images)
 
+    @property
+    def judged(self) -> Any:
+        "The network as the trainer and the validator of ultralytics ask for one."
+        return self.net
+
     def targets(self, batch: Batch) -> list[Tensor]:
         "The boxes, which are what `loss` reads of a labelled batch."
         return batch.boxes

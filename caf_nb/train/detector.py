@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from ..config import DetectorSettings
 from ..core import CafError, device as find_device, replacing
 from ..data import EXTENSIONS, box_fault, listed_names, read_yaml, read_yolo, write_png
 from ..loop import Log, account, fingerprint, generator_states, read_state, set_generators, write_state, writing_folder
-from ..tasks import Detector, contained_ultralytics
+from ..tasks import AnchorDetector, Detector, contained_ultralytics
 
 if TYPE_CHECKING: _Theirs = Any  # the trainer of ultralytics, which is imported late
 else: _Theirs = object
@@ -144,7 +145,7 @@ def _their_errors(data: Path) -> Iterator[None]:
         raise CafError(f"ultralytics stopped: {line}", data, "Check the folder and the settings") from error
 
 # %% ../../nbs/lib/23_detector_training.ipynb #30837434
-def evaluate_detector(detector: Detector,
+def evaluate_detector(detector: Detector | AnchorDetector,
                       data: str | Path,              # data.yaml, or the folder that holds it
                       size: int,                     # longer side of the images for the network, in pixels
                       split: str = "test",
@@ -159,7 +160,7 @@ def evaluate_detector(detector: Detector,
         options = _settings(data, size, batch_size, str(device).split(",")[0], Path(scratch)/"val", mode="val",
                             split=split, rect=True)
         validator = DetectionValidator(args=options)
-        validator(model=detector.net)  # works on a copy
+        validator(model=detector.judged)  # works on a copy
     box = validator.metrics.box
     ap = dict.fromkeys(detector.classes, math.nan)
     ap |= {detector.classes[i]: float(v) for i, v in zip(box.ap_class_index, box.ap)}
@@ -246,7 +247,9 @@ class _Files(_Theirs):
             part.write_text(json.dumps({"losses": self.losses, "before": self.spent}))
         for checkpoint in (self.last, self.best):
             if checkpoint.exists():
-                with writing_folder(checkpoint.parent) as aside: strip_optimizer(checkpoint, str(aside/checkpoint.name))
+                with writing_folder(checkpoint.parent) as aside:
+                    kept = strip_optimizer(checkpoint, str(aside/checkpoint.name))["model"]
+                    if hasattr(kept, "original"): torch.save({"model": kept.original}, aside/checkpoint.name)
 
 # %% ../../nbs/lib/23_detector_training.ipynb #5c653613
 class _Course(_Theirs):
@@ -366,11 +369,13 @@ def _trainer_class(given: _Given) -> type:
     return type("Trainer", (_Steps, _Files, _Course, _State, _Resume, DetectionTrainer), {"given": given})
 
 # %% ../../nbs/lib/23_detector_training.ipynb #afbc23c6
-def _run_trainer(detector: Detector, options: dict[str, Any], kind: type, select_best: bool
+def _run_trainer(detector: Detector | AnchorDetector, options: dict[str, Any], kind: type, select_best: bool
 ) -> tuple[Path, list[float], float]: # the checkpoint, the loss of each epoch, and the seconds of runs before this one
     "Run the trainer of ultralytics, starting at the weights of `detector`."
     trainer = kind(overrides=options)
-    trainer.model = trainer.get_model(cfg=detector.net.yaml, weights=detector.net, verbose=False)
+    ours = isinstance(detector, AnchorDetector)
+    trainer.model = deepcopy(detector.judged) if ours else trainer.get_model(cfg=detector.net.yaml, weights=detector.net,
+                                                                            verbose=False)
     trainer.resume = trainer.ddp  # for several cards ultralytics would delete the folder otherwise
     trainer.train()
     course = json.loads((trainer.save_dir/"losses.json").read_text())
@@ -383,7 +388,7 @@ class DetectorResult(NamedTuple):
     map: float             # mAP@.5:.95
     map50: float           # mAP@.5
     losses: list[float]    # mean training loss of each epoch
-    checkpoint: Path       # .pt file for `Detector(weights=...)`
+    checkpoint: Path       # .pt file for `Detector(weights=...)`, or for `AnchorDetector`
     provenance: str        # the network, its start, and the epochs
     seconds: float         # of training and test together
 
@@ -394,7 +399,7 @@ _RECIPES: dict[str, dict[str, Any]] = {"auto": {}, "yolov5": dict(
     hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, perspective=0.0,
     flipud=0.0, fliplr=0.5, mosaic=1.0, mixup=0.0, copy_paste=0.0, close_mosaic=0)}
 
-def _options(detector: Detector, data: Path, settings: DetectorSettings, size: int, out: Path, seed: int,
+def _options(detector: Detector | AnchorDetector, data: Path, settings: DetectorSettings, size: int, out: Path, seed: int,
              device: str | torch.device, select_best: bool, keep: bool) -> dict[str, Any]:
     "The options of a training with ultralytics."
     card = find_device(str(device).split(",")[0]).type == "cuda"
@@ -404,7 +409,7 @@ def _options(detector: Detector, data: Path, settings: DetectorSettings, size: i
                      patience=settings.patience, val=select_best, save=keep, **_RECIPES[settings.recipe])
 
 # %% ../../nbs/lib/23_detector_training.ipynb #72d763db
-def finetune_detector(detector: Detector,                  # where it starts; takes over the result
+def finetune_detector(detector: Detector | AnchorDetector, # where it starts; takes over the result
                       data: str | Path,                    # data.yaml, or the folder that holds it, with train and test
                       settings: DetectorSettings,          # epochs and batch size
                       size: int,                           # side of the training images, in pixels; multiple of 32
