@@ -18,9 +18,10 @@ from .core import UnknownName
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     _before: ClassVar[dict[str, Any]] = {}  # what every result had before a field came and had another default
+    _aside: ClassVar[set[str]] = set()      # what does not change a result
 
     def _exca_uid_dict_override(self) -> dict[str, Any]: # earlier results keep their identity
-        shown = self.model_dump(exclude_defaults=True, mode="json") | self.model_dump(include=set(self._before))
+        shown = self.model_dump(exclude_defaults=True, exclude=self._aside, mode="json") | self.model_dump(include=set(self._before))
         return {name: value for name, value in shown.items() if (name, value) not in self._before.items()}
 
 class DataSettings(_Settings):
@@ -75,6 +76,9 @@ class FusionSettings(_Settings):
     crop: int | None = Field(None, ge=1) # side of the random square cut from each scene, in pixels; None: whole scenes
     accumulate: int = Field(1, ge=1)     # micro-batches per batch, if a whole batch does not fit into memory
     patience: int = Field(0, ge=0)       # epochs without a lower mean loss before it stops; 0: never
+    half: bool = False                   # with beta fixed: the network in half precision, on a device that has one
+    workers: int = Field(0, ge=0)        # processes that read scenes ahead
+    _aside = {"workers"}
 
 # %% ../nbs/lib/01_config.ipynb #1de69fa1
 class DetectorSettings(_Settings):
@@ -87,6 +91,7 @@ class DetectorSettings(_Settings):
     anchors: bool = False          # the original YOLOv5 with its anchors and loss; needs the distribution `yolov5`
     patience: int = Field(0, ge=0) # epochs without a better validation score before it stops; 0: never
     recipe: Literal["yolov5", "auto"] = "yolov5" # that of YOLOv5, as in the paper; auto: what ultralytics chooses
+    workers: int = Field(0, ge=0)  # processes that load images; each draws its own augmentation
     _before = {"recipe": "auto"}
 
 class SegmenterSettings(_Settings):
@@ -101,6 +106,9 @@ class SegmenterSettings(_Settings):
     pretrained: bool                 # start from ImageNet weights
     accumulate: int = Field(1, ge=1) # micro-batches per batch, if a whole batch does not fit into memory
     patience: int = Field(0, ge=0)   # epochs without a lower mean loss before it stops; 0: never
+    half: bool = False               # half precision, on a device that has one
+    workers: int = Field(0, ge=0)    # processes that read images ahead
+    _aside = {"workers"}
 
 # %% ../nbs/lib/01_config.ipynb #a55fd297
 class PretrainSettings(_Settings):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .checkpoints import load_plain
@@ -171,8 +172,10 @@ class Order:
     def __init__(self, n: int,           # scenes
                  batch_size: int,        # the last batch of a pass may be smaller
                  generator: torch.Generator,
+                 workers: int = 0,       # processes that `read` ahead in a pass
     ):
-        self.n, self.batch_size, self.generator = n, batch_size, generator
+        self.n, self.batch_size, self.generator, self.workers = n, batch_size, generator, workers
+        self.ahead: Iterator[list[Any]] | None = None
         self.steps = -(-n // batch_size)            # batches in a pass
         self.left = torch.empty(0, dtype=torch.long)
         self.last: list[int] = []                   # the last batch
@@ -183,12 +186,25 @@ class Order:
         self.last = chosen.tolist()
         return self.last
 
+    def read(self, scenes: Sequence[Any]) -> list[Any]:
+        "What is at the positions of the next batch; workers change when it is read, not what."
+        chosen = next(self)
+        if not self.workers: return [scenes[i] for i in chosen]
+        if self.ahead is None:
+            batches = [chosen, *(batch.tolist() for batch in self.left.split(self.batch_size) if len(batch))]
+            source: Any = scenes
+            self.ahead = iter(DataLoader(source, batch_sampler=batches, num_workers=self.workers, collate_fn=list,
+                                         generator=torch.Generator()))
+        found = next(self.ahead)
+        if not len(self.left): self.ahead = None
+        return found
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"generator": self.generator.get_state(), "left": self.left.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.generator.set_state(state["generator"])
-        self.left = state["left"]
+        self.left, self.ahead = state["left"], None
 
 # %% ../nbs/lib/03_loop.ipynb #212bd954
 class NotFinite(CafError): "A loss or a gradient is nan or infinite."
@@ -278,11 +294,12 @@ class Engine:
 
     def __init__(self, where: torch.device,  # where the network is; several processes take a device each instead
                  accumulate: int = 1,        # parts in which a process computes its share of a batch
+                 half: bool = False,         # half precision where the device has one
     ):
         self.accelerator = a = _accelerator()
         self.processes, self.rank, self.main = a.num_processes, a.process_index, a.is_main_process
         self.where, self.accumulate = a.device if self.processes > 1 else where, accumulate
-        self.half = half_type(self.where)
+        self.half = half_type(self.where) if half else None
         self.scaler = torch.amp.GradScaler(self.where.type, enabled=self.half is torch.float16)
 
     def autocast(self) -> AbstractContextManager:

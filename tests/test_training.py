@@ -105,19 +105,41 @@ def test_parts_give_the_step_of_the_whole_batch(scenes, space):
     for name, tensor in whole.items(): torch.testing.assert_close(parts[name], tensor, rtol=0, atol=2e-4)
 
 
+class Counted(list):
+    "Scenes that say in which processes they were read."
+
+    def __init__(self, scenes, file): super().__init__(scenes), setattr(self, "file", file)
+
+    def __getitem__(self, i):
+        with self.file.open("a") as file: file.write(f"{os.getpid()}\n")
+        return super().__getitem__(i)
+
+
+def test_workers_change_where_scenes_are_read_and_no_bit(scenes, tmp_path):
+    orders = [loop.Order(len(scenes), 3, torch.Generator().manual_seed(0), workers) for workers in (0, 2)]
+    read = Counted(scenes, tmp_path / "who")
+    alone, ahead = ([[scene.stem for scene in order.read(part)] for _ in range(5)] for order, part in zip(orders, (scenes, read)))
+    assert alone == ahead and torch.equal(orders[0].left, orders[1].left)
+    assert str(os.getpid()) not in (tmp_path / "who").read_text().split() != []
+    orders[1].load_state_dict(orders[0].state_dict())  # in the middle of a pass
+    assert [s.stem for s in orders[1].read(scenes)] == [s.stem for s in orders[0].read(scenes)]
+    few = FusionSettings(epochs=1, batch_size=3)
+    assert few.model_copy(update={"workers": 2})._exca_uid_dict_override() == few._exca_uid_dict_override()
+
+
 def test_half_precision_reaches_the_network_and_leaves_weights_and_loss_whole(scenes, space, tmp_path):
-    "On a CPU, which has bfloat16 but is not given it otherwise."
-    _, losses = trained(scenes, space)
+    "On a CPU, which has bfloat16 but is not given it otherwise; nothing is, unless it asks."
     with patch.object(loop, "half_type", lambda where: torch.bfloat16):
-        net, half = trained(scenes, space)
-        assert trained(scenes, space, folder=tmp_path, save_every=2)[1] == half
+        _, losses = trained(scenes, space)
+        net, half = trained(scenes, space, half=True)
+        assert trained(scenes, space, half=True, folder=tmp_path, save_every=2)[1] == half
     assert half != losses and half == pytest.approx(losses, rel=0.05)
     assert all(t.dtype == torch.float32 for t in net.values() if t.is_floating_point())
     pairs = [(s.vi, s.mask) for s in SynthScenes(4, 32, seed=5, task="segmentation")]
     settings = SegmenterSettings(model="tiny", steps=3, batch_size=2, lr=1e-3, pretrained=False)
-    whole = finetune_segmenter(Segmenter(MFNET_CLASSES), pairs, pairs, settings, tmp_path / "a", progress=False)
     with patch.object(loop, "half_type", lambda where: torch.bfloat16):
-        half = finetune_segmenter(Segmenter(MFNET_CLASSES), pairs, pairs, settings, tmp_path / "b", progress=False)
+        whole, half = (finetune_segmenter(Segmenter(MFNET_CLASSES), pairs, pairs, settings.model_copy(update={"half": on}), tmp_path / str(on), progress=False)
+                       for on in (False, True))  # fmt: skip
     assert half.losses != whole.losses and half.losses == pytest.approx(whole.losses, rel=0.05)
 
 

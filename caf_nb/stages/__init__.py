@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'levels', 'PretrainedWeights', 'Weights',
-           'bundled_weights', 'source_in_turn', 'Pretrain', 'Searched', 'Search', 'Weighted', 'Published', 'Trained',
-           'TrainFusion', 'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset',
-           'FinetuneDetector', 'FinetuneSegmenter', 'MeasureFusion']
+           'bundled_weights', 'source_in_turn', 'Pretrain', 'Searched', 'vgg_of', 'Search', 'Weighted', 'Published',
+           'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results', 'few_names',
+           'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
@@ -348,7 +348,9 @@ def _initial_network(stage: Any) -> nn.Module:
     if stage.fusion_start: return load_fusion(stage.network, stage.fusion_start.file, "cpu")
     with seeded(stage.seed): return build_network(stage.network)
 
-def _vgg(stage: Any) -> Vgg: return load_vgg(stage.vgg.file if isinstance(stage.vgg, Weights) else stage.vgg)
+def vgg_of(stage: Any) -> Vgg: # a stage, or a `Setup`
+    "The VGG behind terms n and o."
+    return load_vgg(stage.vgg.file if isinstance(stage.vgg, Weights) else stage.vgg)
 
 def _initial(stage: Any) -> str:
     "What it starts from."
@@ -356,7 +358,7 @@ def _initial(stage: Any) -> str:
 
 def _search(stage: "Search") -> Searched:
     "Algorithm 1 with the settings of a stage."
-    start, vgg, where = time.perf_counter(), _vgg(stage), device()
+    start, vgg, where = time.perf_counter(), vgg_of(stage), device()
     task = _task_network(stage.data, _only_one(stage.detector, stage.segmenter), stage.start, stage.seed)
     net, space = _initial_network(stage).to(where), LossSpace(stage.variant, vgg).to(where)
     train, val = in_memory(stage.data.split("train")), in_memory(stage.data.split("val"))
@@ -412,7 +414,7 @@ class Weighted(BaseModel):
 
     def run(self) -> Searched:
         "The weights in the form of a search's result."
-        about = {"loss": f"given weights, variant {self.variant}", "VGG of terms n, o": _vgg(self).pretrained}
+        about = {"loss": f"given weights, variant {self.variant}", "VGG of terms n, o": vgg_of(self).pretrained}
         return Searched(dict(zip(TERMS, self.beta)), pd.DataFrame(), about)
 
 # %% ../../nbs/lib/29_stages.ipynb #fa1b18fe
@@ -491,7 +493,7 @@ class TrainFusion(_FusionTraining):
     @infra.apply
     def run(self) -> Trained:
         (recipe, about), net = _recipe(self), _initial_network(self).to(device())
-        given: Any = self.settings.model_dump(include={"accumulate", "patience"}) if self.settings else {}
+        given: Any = self.settings.model_dump(include={"accumulate", "patience", "half", "workers"}) if self.settings else {}
         folder, scenes = _optional_folder(self.infra, "training"), in_memory(self.data.split("train"))
         history = train_fusion(net, scenes, recipe, self.seed, folder=folder, **given)
         made = f"{self.network} from {_initial(self)}, {len(history.losses)} steps on {self.data.title}"
@@ -507,7 +509,7 @@ def _recipe(stage: TrainFusion) -> tuple[Recipe | tuple[Recipe, ...], dict[str, 
     if isinstance(stage.loss, Published):
         shorter = ", cut short" if stage.loss.model_dump(exclude={"kind"}, exclude_none=True) else ""
         return stage.loss.recipe(stage.network), {"loss": f"of {stage.network}'s authors{shorter}"}
-    found, space = stage.loss.run(), LossSpace(stage.loss.variant, _vgg(stage.loss))
+    found, space = stage.loss.run(), LossSpace(stage.loss.variant, vgg_of(stage.loss))
     return caf_recipe(space, _beta(found), cast(FusionSettings, stage.settings)), found.provenance
 
 # %% ../../nbs/lib/29_stages.ipynb #5ebe90ce
@@ -526,7 +528,7 @@ class TrainJoint(_FusionTraining):
 
     @infra.apply
     def run(self) -> Trained:
-        found, space, where = self.loss.run(), LossSpace(self.loss.variant, _vgg(self.loss)), device()
+        found, space, where = self.loss.run(), LossSpace(self.loss.variant, vgg_of(self.loss)), device()
         net, settings = _initial_network(self).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
         history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,

@@ -406,7 +406,8 @@ def _options(detector: Detector | AnchorDetector, data: Path, settings: Detector
     half = "bf16" if card and torch.cuda.is_bf16_supported(including_emulation=False) else False
     return _settings(data, size, settings.batch_size, device, out, mode="train", model=f"{detector.model}.yaml",
                      epochs=settings.epochs, nbs=settings.nominal_batch, seed=seed, deterministic=True, amp=half,
-                     patience=settings.patience, val=select_best, save=keep, **_RECIPES[settings.recipe])
+                     patience=settings.patience, val=select_best, save=keep,
+                     **_RECIPES[settings.recipe] | {"workers": settings.workers})
 
 # %% ../../nbs/lib/23_detector_training.ipynb #72d763db
 def finetune_detector(detector: Detector | AnchorDetector, # where it starts; takes over the result
@@ -424,7 +425,7 @@ def finetune_detector(detector: Detector | AnchorDetector, # where it starts; ta
                       **recipe: Any,                       # options of ultralytics, such as mosaic=0.0
 ) -> DetectorResult:
     """Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Deterministic for a seed
-    on one CPU, and resumable to the bit. Raises `CafError` on unusable folders and on a state of another training."""
+    on one CPU, and resumable, without workers to the bit. Raises `CafError` on unusable folders and on a state of another training."""
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
     if settings.patience and not select_best:

@@ -89,7 +89,7 @@ class _Stage:
     "One stage of a recipe, under way."
 
     def __init__(self, net: nn.Module, n: int, recipe: Recipe, generator: torch.Generator, engine: Engine,
-                 resumable: bool):
+                 resumable: bool, workers: int = 0):
         self.recipe, self.engine = recipe, engine
         self.made_of = engine.random()
         self.objective = recipe.objective()
@@ -97,7 +97,7 @@ class _Stage:
         self.fingerprint = fingerprint(self.objective) if resumable else ""
         self.optimizer = recipe.optimizer(self.objective.trained(net))
         self.schedule = recipe.schedule and recipe.schedule(self.optimizer)
-        self.order = Order(n, recipe.batch_size, generator)
+        self.order = Order(n, recipe.batch_size, generator, workers)
         self.losses: list[float] = []
         self.module = _Loss(net, self.objective, engine)
         self.loss = engine.prepare(self.module)
@@ -128,7 +128,7 @@ def _crops(scenes: Sequence[Scene], side: int | None, generator: torch.Generator
 def _step(stage: _Stage, scenes: Sequence[Scene]) -> float: # the loss
     "One step on the next batch."
     steps, engine = stage.order.steps, stage.engine
-    pair = _crops([scenes[i] for i in next(stage.order)], stage.recipe.crop, stage.order.generator)
+    pair = _crops(stage.order.read(scenes), stage.recipe.crop, stage.order.generator)
     ir, vi = (images.to(engine.where) for images in pair)
     stage.objective.epoch, stage.objective.step = len(stage.losses) // steps, len(stage.losses)
     stage.objective.before_step(stage.module.net, ir, vi)
@@ -153,8 +153,9 @@ class _Training(Training):
     "The stages of `train_fusion`."
 
     def __init__(self, net: nn.Module, scenes: Sequence[Scene], stages: Sequence[Recipe], known: dict[str, Any],
-                 engine: Engine, resumable: bool):
+                 engine: Engine, resumable: bool, workers: int):
         super().__init__("fusion", engine.where, engine)
+        self.workers = workers
         self.net, self.scenes, self.stages, self.known, self.resumable = net, scenes, stages, known, resumable
         self.total = sum(s.epochs * -(-len(scenes) // s.batch_size) for s in stages)
         self.generator = torch.Generator().manual_seed(known["seed"])
@@ -164,7 +165,7 @@ class _Training(Training):
 
     def begin(self, index: int = 0) -> None:
         self.index, self.stage = index, _Stage(self.net, len(self.scenes), self.stages[index], self.generator,
-                                               self.engine, self.resumable)
+                                               self.engine, self.resumable, self.workers)
         self.next_stage()
 
     def next_stage(self) -> None:
@@ -221,6 +222,8 @@ def train_fusion(net: nn.Module,
                  accumulate: int = 1,
                  # a stage ends after so many epochs without a lower mean loss; 0: never
                  patience: int = 0,
+                 half: bool = False,                 # the network in half precision, on a device that has one
+                 workers: int = 0,                   # processes that read scenes ahead; the result is the same
                  log: str | Path | None = None,      # folder for TensorBoard
 ) -> History:
     """Train a fusion network, on the device where it is. Deterministic for a seed on one CPU, and resumable to the bit.
@@ -231,13 +234,13 @@ def train_fusion(net: nn.Module,
     stages = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)
     if not stages: raise CafError("there is no recipe to follow",
                                   remedy="Use caf_recipe; this method has none of its own")
-    engine = Engine(next(net.parameters()).device, accumulate)
+    engine = Engine(next(net.parameters()).device, accumulate, half)
     engine.place(net)
     net.train()
     known = {"network": type(net).__name__, "scenes": len(scenes), "seed": seed, "accumulate": accumulate,
-             "processes": engine.processes, "patience": patience} | _account(stages)
+             "processes": engine.processes, "patience": patience, "half": half} | _account(stages)
     with seeded_process(seed, engine):
-        training = _Training(net, scenes, stages, known, engine, folder is not None)
+        training = _Training(net, scenes, stages, known, engine, folder is not None, workers)
         history = play(training, folder, save_every, progress, log)
     net.eval()
     return history

@@ -42,7 +42,7 @@ class _Joint(Training):
                 "optimizer": self.optimizer}
 
     def step(self) -> None:
-        batch = collate([self.scenes[i] for i in next(self.order)]).to(self.where)
+        batch = collate(self.order.read(self.scenes)).to(self.where)
         vi = luma(batch.vi)
         fused = self.net(batch.ir, vi)
         task = task_loss(self.task, lambda ir, vi: fused, batch)
@@ -71,10 +71,11 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
     adam = torch.optim.Adam([{"params": net.parameters(), "lr": settings.lr},
                              {"params": task.parameters(), "lr": lr_task}])
     known = {"scenes": len(scenes), "seed": seed, "weight": weight, "lr_task": lr_task,
-             "variant": getattr(space, "variant", ""), "beta": beta.tolist(), "settings": settings}
+             "variant": getattr(space, "variant", ""), "beta": beta.tolist(),
+             "settings": settings.model_dump(exclude={"workers"})}
     net.train()
     with seeded(seed):
-        order = Order(len(scenes), settings.batch_size, torch.Generator().manual_seed(seed))
+        order = Order(len(scenes), settings.batch_size, torch.Generator().manual_seed(seed), settings.workers)
         history = play(_Joint(net, task, space, beta, scenes, settings.epochs, weight, order, adam, known), folder,
                        save_every, progress)
     net.eval()

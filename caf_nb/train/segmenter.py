@@ -170,11 +170,11 @@ class _Training(Training):
         self.total, self.title = s.steps, f"segformer {s.model}"
         self.optimizer, self.schedule = _segmenter_optimizer(segmenter.net, s.lr, s.steps, s.warmup)
         self.loss = engine.prepare(_Loss(segmenter, engine))
-        self.order = Order(len(pairs), s.batch_size, torch.Generator().manual_seed(seed))
+        self.order = Order(len(pairs), s.batch_size, torch.Generator().manual_seed(seed), s.workers)
 
     def about(self) -> dict[str, Any]:
         return {"start": fingerprint(self.segmenter.net), "images": len(self.pairs), "seed": self.seed,
-                "processes": self.engine.processes} | self.settings.model_dump()
+                "processes": self.engine.processes} | self.settings.model_dump(exclude={"workers"})
 
     def parts(self) -> dict[str, Any]:
         return {"net": self.segmenter.net, "optimizer": self.optimizer, "schedule": self.schedule,
@@ -185,14 +185,14 @@ class _Training(Training):
         return super().finished or stalled(self.losses, self.order.steps, self.settings.patience)
 
     def step(self) -> None:
-        chosen, mean = next(self.order), self.segmenter.mean.cpu()
+        found, mean = self.order.read(self.pairs), self.segmenter.mean.cpu()
         mirrored = self.settings.recipe == "plain" and torch.rand(1, generator=self.order.generator) < 0.5
         def change(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             if self.settings.recipe == "segformer": return _augmented(image, mask, self.settings.crop, mean)
             return (image.flip(-1), mask.flip(-1)) if mirrored else (image, mask)
         def loss(part: Tensor) -> Tensor:
-            return self.loss(*_stacked(self.pairs, [chosen[i] for i in part.tolist()], self.where, change))
-        self.losses.append(descend_in_parts(self.engine, self.loss, loss, len(chosen), self.optimizer,
+            return self.loss(*_stacked(found, part.tolist(), self.where, change))
+        self.losses.append(descend_in_parts(self.engine, self.loss, loss, len(found), self.optimizer,
                                             len(self.losses) + 1))
         self.schedule.step()
 
@@ -251,7 +251,7 @@ def finetune_segmenter(segmenter: Segmenter,
     if not len(train): raise CafError("there is no image to train on", remedy="Check the folders of the training split")
     if folder is None or not (Path(folder)/"segmenter.pt").exists(): # else they were checked when it began
         for split, pairs in (("training", train), ("test", test)): _check_classes(pairs, split, segmenter)
-    engine = Engine(next(segmenter.parameters()).device, settings.accumulate)
+    engine = Engine(next(segmenter.parameters()).device, settings.accumulate, settings.half)
     engine.place(segmenter)
     segmenter.train()
     with seeded_process(seed, engine):
