@@ -245,3 +245,37 @@ def test_from_an_archive_to_a_score(data_root, tmp_path):
     moved = chain(tmp_path / "there")
     assert [stage.infra.status() for stage in (*moved[1:], moved[3].fused)] == ["completed"] * 4
     assert moved[3].run().losses == result.losses
+
+
+def masked(root: Path, kind: str) -> None:
+    "A folder of one's own with masks, or MSRS with those of its authors."
+    if kind == "MSRS":
+        published.msrs(root)
+        return shutil.rmtree(root / "detection")
+    for i, scene in enumerate(published.SynthScenes(N, SIZE, seed=5, task="segmentation")):
+        part = SPLITS[max(i - N + 3, 0)]
+        for folder, pixels in (("ir", published.gray(scene.ir)), ("vi", published.rgb(scene.vi)), ("masks", scene.mask.numpy().astype(np.uint8))):
+            save(root / part / folder / f"{scene.stem}.png", pixels)
+    write(root / "data.yaml", f"names: {list(MFNET_CLASSES)}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind, name", [("mine", "mine"), ("MSRS", "msrs")])
+def test_masks_of_ones_own_from_search_to_score(tmp_path, kind, name):
+    "The rows of Table 2 on a folder that nothing in the package names."
+    from caf_nb.rows import Setup
+    from caf_nb.stages.sources import task_sets
+
+    masked(tmp_path / "data" / kind, kind)
+    smoke, shorter = Profile.named("smoke"), {"epochs": 1, "batch_size": 2}
+    profile = smoke.model_copy(update={
+        "data": DataSettings(source="embedded", size=64), "search": smoke.search.model_copy(update=shorter),
+        "fusion": smoke.fusion.model_copy(update=shorter | {"crop": 32}), "segmenter": smoke.segmenter.model_copy(update={"steps": 2})})
+    setup = Setup(profile=profile, data_root=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
+    assert task_sets(setup.data_root) == {name: ("segmentation",)}
+    stage = setup.score(name, "caf", "segmentation")
+    scores = stage.scores()
+    assert stage.fused.data.masks and len(stage.run().losses) == 2 and 0 <= scores["mIoU"] <= 100
+    assert {key.removeprefix("IoU ") for key in scores if key.startswith("IoU ")} == set(stage.fused.data.classes)
+    assert sum(stage.fused.model.loss.run().beta.values()) == pytest.approx(1, abs=1e-5)

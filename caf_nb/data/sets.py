@@ -204,7 +204,7 @@ def listed_names(path: Path) -> tuple[str, ...]: # a data.yaml
     if isinstance(names, dict) and all(type(key) is int for key in names) and {*names} == {*range(len(names))}:
         names = [names[key] for key in sorted(names)]
     if isinstance(names, list) and all(isinstance(name, str) for name in names): return tuple(names)
-    raise CafError("names no classes", path, "Write a list `names` into it")
+    raise CafError("names no classes, or leaves out a number", path, "Write a list `names` into it")
 
 # %% ../../nbs/lib/05_sets.ipynb #6e71c42f
 def _listed_names(*folders: Path) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ __all__ = ['Layout', 'read_layout', 'own_pairs', 'check_own', 'OwnData', 'Plan',
 
 # %% ../../nbs/lib/38_own_data.ipynb #572e4aa6
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from ..config import DataSettings, Profile
 from ..core import CafError, UnknownName
 from ..data import DISJOINT, Item, Published, READERS, Scene, image_size
 from ..data.archives import checked
-from ..data.sets import Finding, labelled_items, paired_items, read_yaml
+from ..data.sets import Finding, labelled_items, listed_names, paired_items, read_yaml
 from ..losses import TERMS
 from ..search import SearchResult, logits
 from caf_nb.stages import (
@@ -48,16 +49,14 @@ def read_layout(file: str | Path) -> Layout:
     "Read DATA.yaml, its folders as absolute paths. Raises `CafError` on a file that is none."
     file = Path(file).resolve()
     keys = "Its keys are " + ", ".join(name for name in Layout.model_fields if name not in ("nc", "download"))
-    try:
-        given = read_yaml(file)
-        names = given.get("names")
-        if isinstance(names, dict): given["names"] = [names[key] for key in sorted(names)]
-        found = Layout.model_validate(given)
+    try: given = read_yaml(file)
+    except CafError: raise CafError("is no list of keys and values", file, keys) from None
+    if isinstance(given.get("names"), dict): given["names"] = listed_names(file)
+    try: found = Layout.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise CafError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", file, keys) from None
-    except (CafError, TypeError):
-        raise CafError("is no list of keys and values", file, keys) from None
+    except TypeError: raise CafError("is no list of keys and values", file, keys) from None
     if bool(found.ir) != bool(found.vi) or (found.labels and found.masks):
         raise CafError("names only one of ir and vi, or both labels and masks", file, "Name both, and one of these")
     root, start = file.parent/found.path, file.parent/found.start
@@ -98,6 +97,13 @@ def check_own(layout: Layout, progress: bool = True): # Checked
     "Open every file once and report what is wrong, as `caf-data check` does."
     return checked(own_pairs(layout), progress)
 
+# %% ../../nbs/lib/38_own_data.ipynb #f4bcba9c
+@lru_cache(maxsize=8)
+def _listed(layout: Layout, files: str) -> tuple[Published, set[tuple[int, int]]]:
+    "The pairs of a file and their sizes, looked for once while `files`, their fingerprint, is the same."
+    found = own_pairs(layout)
+    return found, {image_size(item.vi) for item in found.listed}
+
 # %% ../../nbs/lib/38_own_data.ipynb #40393cf9
 class OwnData(Data):
     "Labelled pairs of your own in three splits, decoded on access."
@@ -116,7 +122,7 @@ class OwnData(Data):
         return {"files": fingerprint(whole), "root": layout.path, "split_file": file}
 
     @property
-    def whole_set(self) -> Published: return own_pairs(self.layout)
+    def whole_set(self) -> Published: return _listed(self.layout, self.files)[0]
     @property
     def classes(self) -> tuple[str, ...]: return self.layout.names
     @property
@@ -124,7 +130,7 @@ class OwnData(Data):
     @property
     def title(self) -> str: return f"{len(self.whole_set)} pairs of your own"
     @property
-    def sizes(self) -> set[tuple[int, int]]: return {image_size(item.vi) for item in self.whole_set.listed}
+    def sizes(self) -> set[tuple[int, int]]: return _listed(self.layout, self.files)[1]
 
     def _part(self, which: SplitName, size: int | None) -> PublishedScenes:
         part = own_pairs(self.layout, which, self.split_file)
