@@ -21,7 +21,8 @@ class _Settings(BaseModel):
     _aside: ClassVar[set[str]] = set()      # what does not change a result
 
     def _exca_uid_dict_override(self) -> dict[str, Any]: # earlier results keep their identity
-        shown = self.model_dump(exclude_defaults=True, exclude=self._aside, mode="json") | self.model_dump(include=set(self._before))
+        shown = self.model_dump(exclude_defaults=True, exclude=self._aside, mode="json")
+        shown |= self.model_dump(include=set(self._before))
         return {name: value for name, value in shown.items() if (name, value) not in self._before.items()}
 
 class DataSettings(_Settings):

@@ -113,7 +113,8 @@ class _Starts(_Shared):
         "Where the task network comes from; None for random initialisation."
         settings, pretraining = next(iter(self.task_network(task).values())), self.profile.pretraining
         anchors = getattr(settings, "anchors", False)
-        published = segmenter_weights(settings.model) if task == "segmentation" else detector_weights(settings.model, anchors)
+        published = (detector_weights(settings.model, anchors) if task == "detection"
+                     else segmenter_weights(settings.model))
         if (file := published.find(self.weights_root)) or settings.pretrained:
             return Weights(file=str(file or Path(self.weights_root)/published.pattern))
         if self.profile.bundled and not anchors:

@@ -332,7 +332,8 @@ def _task_network(data: Data, settings: _Settings, start: Start, seed: int) -> _
 def _finetune(task: _Network, pictures: Path, settings: Any, size: int, out: Path, seed: int) -> Any:
     "The result of the task's own trainer and validator on a folder of pictures."
     state = out.with_name(f"{out.name}_state")
-    if not isinstance(task, Segmenter): return finetune_detector(task, pictures, settings, size, out, seed, folder=state)
+    if not isinstance(task, Segmenter):
+        return finetune_detector(task, pictures, settings, size, out, seed, folder=state)
     train, test = MaskFolder(pictures, "train"), MaskFolder(pictures, "test")
     return finetune_segmenter(task.to(device()), train, test, settings, out, seed, folder=state)
 
@@ -493,7 +494,8 @@ class TrainFusion(_FusionTraining):
     @infra.apply
     def run(self) -> Trained:
         (recipe, about), net = _recipe(self), _initial_network(self).to(device())
-        given: Any = self.settings.model_dump(include={"accumulate", "patience", "half", "workers"}) if self.settings else {}
+        passed = {"accumulate", "patience", "half", "workers"}
+        given: Any = self.settings.model_dump(include=passed) if self.settings else {}
         folder, scenes = _optional_folder(self.infra, "training"), in_memory(self.data.split("train"))
         history = train_fusion(net, scenes, recipe, self.seed, folder=folder, **given)
         made = f"{self.network} from {_initial(self)}, {len(history.losses)} steps on {self.data.title}"

@@ -422,7 +422,7 @@ class Pretrained(NamedTuple):
 
 # %% ../../nbs/lib/28_sources.ipynb #548720d2
 def detector_weights(model: str, anchors: bool = False) -> Pretrained:
-    "COCO weights of a detector: as ultralytics trained it (u), or as the original repository did, whose head has `anchors`."
+    "COCO weights of a detector, as ultralytics trained it (u) or as the original repository did, with `anchors`."
     if anchors: return Pretrained(f"COCO weights of the original {model}", f"{model}.pt",
                                   "https://github.com/ultralytics/yolov5/releases")
     return Pretrained(f"COCO weights of {model}", f"{model}u.pt", "https://github.com/ultralytics/assets/releases",

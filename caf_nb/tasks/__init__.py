@@ -21,6 +21,6 @@ from caf_nb.tasks.deeplab import (
 # %% ../../nbs/lib/17_tasks.ipynb #142eda7b
 _all_ = [
     "Task", "check_images", "check_masks", "check_rows", "contained_ultralytics", "DETECTORS", "yolo_batch",
-    "Detector", "AnchorDetector", "find_detector", "SEGMENTERS", "Segmenter", "CITYSCAPES_CLASSES", "DEEPLABS", "DeepLab",
-    "show_segmented", "shared_classes", "find_deeplab", "Segmented", "segment", "painted_by",
+    "Detector", "AnchorDetector", "find_detector", "SEGMENTERS", "Segmenter", "CITYSCAPES_CLASSES", "DEEPLABS",
+    "DeepLab", "show_segmented", "shared_classes", "find_deeplab", "Segmented", "segment", "painted_by",
 ]

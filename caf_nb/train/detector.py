@@ -373,9 +373,8 @@ def _run_trainer(detector: Detector | AnchorDetector, options: dict[str, Any], k
 ) -> tuple[Path, list[float], float]: # the checkpoint, the loss of each epoch, and the seconds of runs before this one
     "Run the trainer of ultralytics, starting at the weights of `detector`."
     trainer = kind(overrides=options)
-    ours = isinstance(detector, AnchorDetector)
-    trainer.model = deepcopy(detector.judged) if ours else trainer.get_model(cfg=detector.net.yaml, weights=detector.net,
-                                                                            verbose=False)
+    trainer.model = (deepcopy(detector.judged) if isinstance(detector, AnchorDetector)
+                     else trainer.get_model(cfg=detector.net.yaml, weights=detector.net, verbose=False))
     trainer.resume = trainer.ddp  # for several cards ultralytics would delete the folder otherwise
     trainer.train()
     course = json.loads((trainer.save_dir/"losses.json").read_text())
@@ -399,7 +398,7 @@ _RECIPES: dict[str, dict[str, Any]] = {"auto": {}, "yolov5": dict(
     hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, perspective=0.0,
     flipud=0.0, fliplr=0.5, mosaic=1.0, mixup=0.0, copy_paste=0.0, close_mosaic=0)}
 
-def _options(detector: Detector | AnchorDetector, data: Path, settings: DetectorSettings, size: int, out: Path, seed: int,
+def _options(detector: Any, data: Path, settings: DetectorSettings, size: int, out: Path, seed: int,
              device: str | torch.device, select_best: bool, keep: bool) -> dict[str, Any]:
     "The options of a training with ultralytics."
     card = find_device(str(device).split(",")[0]).type == "cuda"
@@ -425,7 +424,8 @@ def finetune_detector(detector: Detector | AnchorDetector, # where it starts; ta
                       **recipe: Any,                       # options of ultralytics, such as mosaic=0.0
 ) -> DetectorResult:
     """Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Deterministic for a seed
-    on one CPU, and resumable, without workers to the bit. Raises `CafError` on unusable folders and on a state of another training."""
+    on one CPU, and resumable, without workers to the bit. Raises `CafError` on unusable folders and on a state of
+    another training."""
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
     if settings.patience and not select_best:
