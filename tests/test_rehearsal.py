@@ -107,7 +107,7 @@ STEPS = {"search": searching, "search, beta first": partial(searching, order="be
          "segmenter": finetuning, "detector": detecting, "fuse": painting}
 
 
-MOST = {"search": 24, "search, beta first": 24, "fuse": 11, "joint": 4, "segmenter": 4}  # reads of a value of the card in one step, those of the metrics included
+MOST = {"search": 24, "search, beta first": 24, "fuse": 11}  # reads of a value of the card in one step, those of the metrics included
 
 
 def moved(module, *_, **__):

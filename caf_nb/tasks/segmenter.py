@@ -127,8 +127,9 @@ class Segmenter(nn.Module):
     ) -> Tensor:                   # scalar
         "Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes and unknown classes."
         check_masks(images, targets, self.classes, self.ignore)
-        found = self.net(pixel_values=(images - self.mean) / self.std, labels=targets.to(images.device))
-        return found.loss if (targets != self.ignore).any() else 0 * found.logits.sum()  # nothing labelled, no loss
+        labelled = (targets != self.ignore).any()  # of one value, which is not asked for: a card would be waited for
+        labels = torch.where(labelled, targets, 0).to(images.device)
+        return self.net(pixel_values=(images - self.mean) / self.std, labels=labels).loss * labelled.to(images.device)
 
     def targets(self, batch: Batch) -> Tensor:
         "The class masks, which are what `loss` reads of a labelled batch."
