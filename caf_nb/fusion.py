@@ -226,7 +226,7 @@ def _in_strips(net: nn.Module,     # in evaluation mode; in strips only if it ha
     "`net(ir, vi)` in bounded memory. Raises `CafError` if the network changes the shape."
     height, reach = ir.shape[-2], getattr(net, "reach", None)
     rows = height if reach is None else max(pixels // (len(ir) * ir.shape[-1]), 4 * reach)
-    strips = []
+    strips = torch.empty_like(ir)
     for top in range(0, height, rows):
         start, end = max(top - (reach or 0), 0), top + rows + (reach or 0)
         part = ir[..., start:end, :], vi[..., start:end, :]
@@ -234,8 +234,8 @@ def _in_strips(net: nn.Module,     # in evaluation mode; in strips only if it ha
         if fused.shape != part[0].shape:
             raise CafError(f"the network made {tuple(fused.shape)} of {tuple(part[0].shape)}",
                            remedy="Its output must have the shape of ir")
-        strips.append(fused[..., top - start:top - start + rows, :])
-    return torch.cat(strips, dim=-2)
+        strips[..., top:top + rows, :] = fused[..., top - start:top - start + rows, :]
+    return strips
 
 # %% ../nbs/lib/18_fusion.ipynb #9baa54cd
 _Picture = str | Path | Image.Image | np.ndarray | Tensor

@@ -52,6 +52,15 @@ def _in_blocks(branches: Any, out: Any, # nn.ModuleList and nn.Sequential withou
             block += (part @ branch.act(hidden)).view_as(block)
     return out.act(F.fold(sums.flatten(2), (height, width), 3, padding=1) + out.conv.bias)
 
+# %% ../../nbs/zoo/reconet.ipynb #c86bbe85
+def _by_places(branches: Any, out: Any, # as for `_in_blocks`
+               x: Tensor,               # (B,3,H,W)
+) -> Tensor:                            # (B,1,H,W)
+    "The same round for an exported network."
+    places = F.pad(out.conv.weight[0].flatten(1).t(), [0, 0, 0, 7])[..., None, None].chunk(len(branches), 1)
+    numbers = [F.conv2d(branch(x), weight) for branch, weight in zip(branches, places, strict=True)]
+    return out.act(F.conv2d(sum(numbers[1:], numbers[0]), torch.eye(16, 9).view(1, 16, 3, 3), out.conv.bias, padding=1))
+
 # %% ../../nbs/zoo/reconet.ipynb #0a6290b7
 class ReCoNet(nn.Module):
     """ReCoNet(ir, vi); 7,527 parameters, the later version 3,589. Raises `CafError` on unknown options. Source: Huang
@@ -82,8 +91,9 @@ class ReCoNet(nn.Module):
         "One round, from the guess `fused`."
         a_ir, a_vi = self.attention(self.attention_ir, ir, fused), self.attention(self.attention_vi, vi, fused)
         x = torch.cat([ir * a_ir, fused, vi * a_vi], 1)
-        if self.in_blocks and not torch.onnx.is_in_onnx_export():
-            return Round(_in_blocks(self.branches, self.out, x), a_ir, a_vi)
+        if self.in_blocks:
+            last = _by_places if torch.onnx.is_in_onnx_export() else _in_blocks
+            return Round(last(self.branches, self.out, x), a_ir, a_vi)
         return Round(self.out(torch.cat([branch(x) for branch in self.branches], 1)), a_ir, a_vi)
 
     def recur(self,
