@@ -1,8 +1,6 @@
 """Pictures made elsewhere in a table, and Figure 6 as its users run it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +12,7 @@ from caf_nb.report import compare, show_table
 from caf_nb.stages.sources import Data
 from caf_nb.report.study import CLAIMS, CONTROLS, finished
 from caf_nb.rows import Setup, cell_file, cells, read_cell, scores, table1, table2, table3
+from cells import run_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,20 +37,14 @@ def test_pictures_stand_in_for_a_row_of_a_table(tmp_path):
     assert "mymethod" in show_table(compare(1, found, short), "m3fd").to_html()
 
 
-def figure6(out: Path, **parameters: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", "nbs/figure6.ipynb", str(out / "figure6.ipynb"), "-k", "python3", "-p", "out", str(out / "results")]
-    return subprocess.run([*command, *(word for item in parameters.items() for word in ("-p", *item))], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.shared
 @pytest.mark.slow
 def test_figure6_on_real_pairs(shared, tmp_path):
     "All methods whose official weights are there, and pictures from elsewhere, on a pair of TNO."
     (tmp_path / "fused/mine/tno").mkdir(parents=True)
     write_png(tmp_path / "fused/mine/tno/05.png", read_image(next((shared / "data/tno/ir").glob("05.*"))))
-    done = figure6(tmp_path, data_root=str(shared / "data"), weights_root=str(shared / "weights"), fused_root=str(tmp_path / "fused"),
-                   pairs="tno/05", methods="ir,vi,didfuse,sdnet,umfusion,defusion,reconet,u2fusion,tardal,mine,caf")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_cells("figure6", out=str(tmp_path / "results"), data_root=str(shared / "data"), weights_root=str(shared / "weights"), fused_root=str(tmp_path / "fused"),
+              pairs="tno/05", methods="ir,vi,didfuse,sdnet,umfusion,defusion,reconet,u2fusion,tardal,mine,caf")
     origin = pd.read_csv(tmp_path / "results/figure6.csv", index_col="method")["fusion network"]
     assert set(origin.index) == {"ir", "vi", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "mine", "caf"}
     assert "tardal.pt" in origin["tardal"] and "Det_final.pth" in origin["caf"]
