@@ -29,7 +29,7 @@ docs: install
 # `make test-all` adds the tests that repeat at length what a shorter one checks as well (CI, every week). One thread per process and one process per core: small tensors gain nothing from more threads.
 test test-all: export OMP_NUM_THREADS := 1
 test: picked := -m "not long"
-test: skipped := |own_data
+test: skipped := |own_data|own_task
 test test-all: install sync
 	$(MAKE) --no-print-directory -j 2 types cells SKIPPED='$(skipped)'
 	pytest -n 2 --dist loadfile $(picked)
