@@ -62,7 +62,8 @@ def api(app, config):
         if not found: continue
         module = found[1].removesuffix(".__init__")
         own = ", ".join(p.stem for p in (ROOT / "caf_nb" / module.replace(".", "/")).glob("*.py"))
-        page = f"{module}\n{'=' * len(module)}\n\n.. automodule:: caf_nb.{module}\n" + (f"   :exclude-members: model_config, {own}\n" if own else "")
+        chapter = notebook.relative_to(ROOT).with_suffix("").as_posix()
+        page = f"{module}\n{'=' * len(module)}\n\nExamples and tests: :doc:`/{chapter}`.\n\n.. automodule:: caf_nb.{module}\n" + (f"   :exclude-members: model_config, {own}\n" if own else "")
         (ROOT / "docs/api" / f"{notebook.stem}.rst").write_text(page)
 
 

@@ -64,6 +64,7 @@ def page():
 
 def shoot(page, name):
     "A picture for the site, where one is wanted."
+    if (news := page.get_by_role("button", name="No", exact=True)).count(): news.first.click()
     if folder := os.environ.get("CAF_SCREENSHOTS"): page.screenshot(path=f"{folder}/{name}.jpg", type="jpeg", quality=80)
 
 
@@ -94,6 +95,7 @@ def test_run_by_the_menu(lab, page, name, shown):
     "Every cell runs without an error, the notebook is saved with its outputs by Ctrl-S, and there is something to look at."
     page.goto(f"{lab[0]}/{name}.ipynb?reset")
     page.locator(".jp-Notebook .cm-content").first.wait_for()
+    page.get_by_text("| Idle").first.wait_for()  # before it, JupyterLab asks which kernel is meant
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     file, limit = lab[1] / f"{name}.ipynb", time.monotonic() + 540
