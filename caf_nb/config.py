@@ -206,4 +206,11 @@ _REHEARSAL = _PAPER.model_copy(update={
     "segmenter": _PAPER.segmenter.model_copy(update={"steps": 2, "batch_size": 2, "warmup": 1, "crop": 64}),
     "seeds": (0,), "home": "out"})
 
-_PROFILES = {p.name: p for p in (_SMOKE, _MINI, _PAPER, _REHEARSAL)}
+_REAL = _PAPER.model_copy(update={
+    "name": "real", "note": "real pairs, fused with the weights that the authors of each method published",
+    "data": DataSettings(source="published", size=320),
+    "detector": DetectorSettings(model="yolov5n", epochs=3, batch_size=16, nominal_batch=16, pretrained=True,
+                                 recipe="auto"),
+    "methods": ("ir", "vi", "mean", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "caf"), "seeds": (0,)})
+
+_PROFILES = {p.name: p for p in (_SMOKE, _MINI, _REAL, _PAPER, _REHEARSAL)}

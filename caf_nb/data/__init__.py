@@ -8,8 +8,8 @@ __all__ = ['Batch', 'EXTENSIONS', 'LazySequence', 'M3FD_CLASSES', 'MFNET_CLASSES
            'read_pair', 'recolor', 'recolor_uint8', 'rgb_to_ycbcr', 'to_uint8', 'write_png', 'ycbcr_to_rgb', 'DISJOINT',
            'Item', 'M3FD', 'MFNet', 'MSRS', 'Multispectral', 'NOTES', 'Published', 'READERS', 'RoadScene',
            'SPLIT_VERSION', 'SplitBy', 'split_leak', 'Split', 'TNO', 'load_dataset', 'read_split', 'where',
-           'write_split', 'Blocks', 'Checked', 'blocks', 'check', 'deal', 'find_scenes', 'make_split', 'prepare',
-           'read_blocks', 'box_fault', 'image_size', 'listed_names', 'read_mask', 'read_yaml', 'read_yolo']
+           'write_split', 'Blocks', 'Checked', 'blocks', 'check', 'deal', 'find_scenes', 'make_folds', 'make_split',
+           'prepare', 'read_blocks', 'box_fault', 'image_size', 'listed_names', 'read_mask', 'read_yaml', 'read_yolo']
 
 # %% ../../nbs/lib/07_data.ipynb #6ecf67b7
 from caf_nb.data.pictures import (
@@ -22,7 +22,7 @@ from caf_nb.data.sets import (
     TNO, box_fault, listed_names, load_dataset, read_mask, read_split, read_yaml, read_yolo, where, write_split,
 )
 from caf_nb.data.archives import (
-    Blocks, Checked, SplitBy, blocks, check, deal, find_scenes, make_split, prepare, read_blocks, split_leak,
+    Blocks, Checked, SplitBy, blocks, check, deal, find_scenes, make_folds, make_split, prepare, read_blocks, split_leak,
 )
 
 # %% ../../nbs/lib/07_data.ipynb #9f0f69ce
@@ -32,6 +32,7 @@ _all_ = [
     "read_pair", "recolor", "recolor_uint8", "rgb_to_ycbcr", "to_uint8", "write_png", "ycbcr_to_rgb", "DISJOINT", "Item", "M3FD", "MFNet", "MSRS",
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "SplitBy", "split_leak",
     "Split", "TNO", "load_dataset", "read_split",
-    "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_split",
+    "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_folds",
+    "make_split",
     "prepare", "read_blocks", "box_fault", "image_size", "listed_names", "read_mask", "read_yaml", "read_yolo",
 ]

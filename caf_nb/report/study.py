@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'Comparison', 'Claim', 'needed', 'searches', 'study_stages', 'finished',
            'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims', 'seeds_needed',
-           'what_is_excluded', 'weights', 'task_distance', 'diagnose', 'protocol', 'modalities_text', 'verdicts_text',
-           'plot_effects', 'plot_weights', 'plot_rows']
+           'what_is_excluded', 'decide', 'lead', 'form_scores', 'block_values', 'compare_forms', 'compare_pictures',
+           'RealPairs', 'read_real', 'weights', 'task_distance', 'diagnose', 'protocol', 'modalities_text',
+           'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from ..core import CafError, optional
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
-from ..rows import Cell, Setup, Task, cell, cell_file, elsewhere, left_out, read_cell, row_style, steady
+from ..rows import Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady
 from ..stages import Search
 
 # %% ../../nbs/lib/32_study.ipynb #e6f18597
@@ -273,6 +274,90 @@ def what_is_excluded(compared: pd.DataFrame, # of `compare_rows`
     shown[f"within {margin:g}"] = np.where(done.effect.abs() + half < margin, "yes", "no")
     return shown.set_index(["claim", "row", "against", "metric"])
 
+# %% ../../nbs/lib/32_study.ipynb #ee579621
+def decide(differences: Mapping[Any, Sequence[float]], # of a family of comparisons
+           margin: Mapping[Any, float] | float = 1.,   # a difference that matters
+) -> pd.DataFrame: # index: the keys; columns n, effect, low, high, p (Holm), p equivalent, verdict
+    "Better, worse, equivalent or undecided, at 5 %."
+    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    rows, margins = {}, margin if isinstance(margin, Mapping) else dict.fromkeys(differences, margin)
+    for key, values in differences.items():
+        e, test = effect(values), DescrStatsW(values)
+        rows[key] = {"n": e.n, "effect": e.mean, "low": e.low, "high": e.high, "p": test.ttest_mean(0)[1],
+                     "p equivalent": test.ttost_mean(-margins[key], margins[key])[0]}
+    found = pd.DataFrame.from_dict(rows, orient="index")
+    found["p"] = multipletests(found.p, method="holm")[1]
+    different, same = found.p < 0.05, found["p equivalent"] < 0.05
+    found["verdict"] = np.select([different & (found.effect > 0), different, same], ["better", "worse", "equivalent"],
+                                 "undecided")
+    return found
+
+def lead(verdicts: Iterable[str], # of `decide`
+) -> str:
+    "A lead over all others is supported if each comparison is better, contradicted if one is worse, else undecided."
+    told = set(verdicts)
+    return "supported" if told == {"better"} else "contradicted" if "worse" in told else "undecided"
+
+# %% ../../nbs/lib/32_study.ipynb #d9e983b5
+def form_scores(judged: Mapping[tuple[str, str, str], Cell], # (judge, fold, seed) -> a cell of `JudgeForms`
+) -> pd.DataFrame: # columns judge, fold, seed, form, metric, without (a block, or ""), value
+    "The scores of every form with every judge."
+    rows = [(*key, form, metric, (block or [""])[0].removeprefix("without "), value) for key, cell in judged.items()
+            for name, value in cell.scores.items() for form, metric, *block in (name.split(", "),)]
+    return pd.DataFrame(rows, columns="judge fold seed form metric without value".split())
+
+def block_values(scores: pd.DataFrame, # of `form_scores`, of one judge
+                 form: str, against: str, metric: str,
+) -> list[float]:                      # one for each block, in the unit of the scores
+    "Values whose mean is the difference between two forms, and whose scatter gives its error."
+    part = scores[scores.metric == metric].groupby(["form", "fold", "without"], sort=False).value.mean().unstack("form")
+    gaps = part[form] - part[against]
+    whole, without = gaps.xs("", level="without"), gaps.drop("", level="without")
+    change = (without - whole.reindex(without.index, level="fold")) / len(whole)
+    return list(whole.mean() + (len(change) - 1) * (change.mean() - change))
+
+# %% ../../nbs/lib/32_study.ipynb #b6daa1fe
+_SOURCES = ("ir", "vi", "mean")
+
+def compare_forms(scores: pd.DataFrame,                             # of `form_scores`
+                  metrics: Sequence[str] = ("mAP@.5", "mAP@.5:.95"),
+) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `decide`
+    "CAF against every other form; a judge and a metric are a family. Equivalent: within a point."
+    tables = []
+    for (judge, metric), part in scores[scores.metric.isin(metrics)].groupby(["judge", "metric"], sort=False):
+        found = decide({form: block_values(part, "caf", form, metric) for form in in_order(part.form) if form != "caf"})
+        tables.append(found.assign(claim=judge, dataset="msrs_boxes", row="caf", metric=metric, margin=0.))
+    return pd.concat(tables).rename_axis("against").reset_index()
+
+def compare_pictures(measured: pd.DataFrame, # columns dataset, convention, image, metric, and one per method
+) -> pd.DataFrame: # as of `compare_forms`; the claim is the convention, the unit percent of CAF's mean
+    "CAF against every other method, picture by picture. Equivalent: within five percent."
+    methods, tables = [name for name in in_order(measured.columns) if name in ROWS and name != "caf"], []
+    for convention, of in measured.groupby("convention", sort=False):
+        for family in (set(methods) - {*_SOURCES}, {*_SOURCES} & set(methods)):
+            found = decide({(dataset, metric, other): 100 * (part.caf - part[other]) / part.caf.mean()
+                            for (dataset, metric), part in of.groupby(["dataset", "metric"], sort=False)
+                            for other in methods if other in family}, margin=5.)
+            tables.append(found.assign(claim=convention, row="caf", margin=0.))
+    return pd.concat(tables).rename_axis(["dataset", "metric", "against"]).reset_index()
+
+# %% ../../nbs/lib/32_study.ipynb #7148db38
+class RealPairs(NamedTuple):
+    "The finished numbers of real.ipynb."
+    measured: pd.DataFrame # for `compare_pictures`; figure7-SET-CONVENTION.csv
+    scores: pd.DataFrame   # for `compare_forms`; cells/JUDGE-FOLD-SEED.json
+
+def read_real(folder: str | Path) -> RealPairs:
+    "What is in results/real, without anything being computed; empty frames where nothing is."
+    frames = [pd.read_csv(file).assign(dataset=dataset, convention=convention)
+              for file in sorted(Path(folder).glob("figure7-*.csv"))
+              for _, dataset, convention in (file.stem.split("-", 2),)]
+    judged = {(judge, fold, seed): Cell.model_validate_json(file.read_text(encoding="utf-8"))
+              for file in sorted(Path(folder).glob("cells/*.json")) for judge, fold, seed in (file.stem.split("-"),)}
+    return RealPairs(pd.concat(frames) if frames else pd.DataFrame(), form_scores(judged))
+
 # %% ../../nbs/lib/32_study.ipynb #cd590496
 def weights(found: Found) -> pd.DataFrame:
     "The searched weights: index (task or task_steady, seed), one column per term."
@@ -394,7 +479,7 @@ def plot_effects(compared: pd.DataFrame, # of `compare_rows`
     ax = ax or plt.subplots(figsize=(6, 0.26 * len(compared) + 0.8), layout="constrained")[1]
     shown = compared[::-1].assign(y=range(len(compared)))
     for r in shown[shown.n > 0].itertuples():
-        colour = _COLOURS[_TASK[r.dataset]]
+        colour = _COLOURS[_TASK.get(r.dataset, "detection")]
         if math.isfinite(r.low): ax.plot([r.low, r.high], [r.y, r.y], color=colour, lw=1.4)
         ax.plot(r.effect, r.y, "o", ms=5, color=colour, mfc="white" if r.verdict == "undecided" else colour)
         if r.margin: ax.plot([-r.margin] * 2, [r.y - .4, r.y + .4], color="black", lw=0.8, ls=":")
