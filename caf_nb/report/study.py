@@ -6,7 +6,7 @@
 __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'Comparison', 'Claim', 'needed', 'searches', 'study_stages', 'finished',
            'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims', 'seeds_needed',
            'what_is_excluded', 'decide', 'lead', 'form_scores', 'block_values', 'compare_forms', 'compare_pictures',
-           'RealPairs', 'read_real', 'weights', 'task_distance', 'diagnose', 'protocol', 'modalities_text',
+           'leads', 'RealPairs', 'read_real', 'weights', 'task_distance', 'diagnose', 'protocol', 'modalities_text',
            'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
@@ -342,6 +342,13 @@ def compare_pictures(measured: pd.DataFrame, # columns dataset, convention, imag
                             for other in methods if other in family}, margin=5.)
             tables.append(found.assign(claim=convention, row="caf", margin=0.))
     return pd.concat(tables).rename_axis(["dataset", "metric", "against"]).reset_index()
+
+def leads(compared: pd.DataFrame, # of `compare_forms` or `compare_pictures`
+          *by: str,               # columns whose values are a claim
+) -> pd.DataFrame:                # index by; columns comparisons, verdict
+    "Whether CAF leads all others."
+    def tally(v): return ", ".join(f"{n} {x}" for x, n in sorted(v.value_counts().items()))
+    return compared.groupby(list(by), sort=False).verdict.agg(comparisons=tally, verdict=lead)
 
 # %% ../../nbs/lib/32_study.ipynb #7148db38
 class RealPairs(NamedTuple):
