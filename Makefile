@@ -43,7 +43,7 @@ types: install
 
 # The tests in the notebooks.
 cells: install
-	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims$(SKIPPED))'
+	nbdev_test --n_workers 2 --do_print --skip_file_re '^(overview|table|figure|discrepancies|benchmark|claims|real$(SKIPPED))'
 
 # Cleaning and exporting the notebooks must leave caf_nb/ as it is, and a clean checkout clean. A notebook that was only run is cleaned, and that is all.
 sync: install

@@ -14,7 +14,7 @@ from latex2mathml.converter import convert
 from pygments.lexers.special import TextLexer
 
 ROOT = Path(__file__).resolve().parents[1]
-EXECUTED = ROOT / "results/mini/notebooks"  # shown instead of the paper notebooks in nbs/, which hold no outputs
+EXECUTED = {p.name: p for p in ROOT.glob("results/*/notebooks/*.ipynb")}  # shown instead of the paper notebooks in nbs/, which hold no outputs
 REPORT = tags.has("report")  # noqa: F821, Sphinx defines `tags`
 
 DONE = {}  # of a run: name of a notebook -> fingerprint, error, whether it ran before
@@ -100,10 +100,10 @@ def failed(app, docname, source):
 
 
 def notebook(app, docname, source):
-    "Show a paper notebook as it was run in profile mini, without its code; leave out the cells of a library notebook that only nbdev reads."
+    "Show a paper notebook as it was run in profile mini or real, without its code; leave out the cells of a library notebook that only nbdev reads."
     if not app.env.doc2path(docname).suffix == ".ipynb": return
-    file = EXECUTED / f"{Path(docname).name}.ipynb"
-    if Path(docname).parent.as_posix() == "nbs" and file.is_file():
+    file = EXECUTED.get(f"{Path(docname).name}.ipynb")
+    if Path(docname).parent.as_posix() == "nbs" and file:
         app.env.note_dependency(str(file))
         shown = json.loads(file.read_text(encoding="utf-8"))
         shown["metadata"]["mystnb"] = {"remove_code_source": True}

@@ -10,7 +10,7 @@ from caf_nb.config import DataSettings, Profile
 from caf_nb.data import read_image, write_png
 from caf_nb.report import compare, show_table
 from caf_nb.stages.sources import Data
-from caf_nb.report.study import CLAIMS, CONTROLS, finished
+from caf_nb.report.study import CLAIMS, CONTROLS, compare_forms, compare_pictures, finished, read_real
 from caf_nb.rows import Setup, cell_file, cells, read_cell, scores, table1, table2, table3
 from cells import run_cells
 
@@ -62,6 +62,13 @@ def test_committed_cells_belong_to_the_settings_of_their_profile():
         found |= {(*key, 0): cell for key, stage in table(setup, rows).items() if (cell := read_cell(stage, cell_file(folder, *key, 0)))}
     committed = {path.name for path in folder.glob("*.json") if path.name.count("-") == 2}
     assert {cell_file(folder, *key).name for key in found} == committed
+
+
+def test_tables_of_real_pairs_follow_from_their_cells():
+    real = read_real(ROOT / "results/real")
+    for name, made in (("figure7", compare_pictures(real.measured)), ("table1", compare_forms(real.scores))):
+        written = pd.read_csv(ROOT / f"results/real/{name}.csv")
+        pd.testing.assert_frame_equal(made, written, check_dtype=False, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/notebooks/*.ipynb")), ids=lambda p: p.stem)
