@@ -209,8 +209,8 @@ _REHEARSAL = _PAPER.model_copy(update={
 _REAL = _PAPER.model_copy(update={
     "name": "real", "note": "real pairs, fused with the weights that the authors of each method published",
     "data": DataSettings(source="published", size=320),
-    "detector": DetectorSettings(model="yolov5n", epochs=3, batch_size=16, nominal_batch=16, pretrained=True,
+    "detector": DetectorSettings(model="yolov5n", epochs=6, batch_size=8, nominal_batch=8, pretrained=True,
                                  recipe="auto"),
-    "methods": ("ir", "vi", "mean", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "caf"), "seeds": (0,)})
+    "methods": ("ir", "vi", "mean", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "caf"), "seeds": (0, 1)})
 
 _PROFILES = {p.name: p for p in (_SMOKE, _MINI, _REAL, _PAPER, _REHEARSAL)}
