@@ -22,7 +22,8 @@ from caf_nb.data.sets import (
     TNO, box_fault, listed_names, load_dataset, read_mask, read_split, read_yaml, read_yolo, where, write_split,
 )
 from caf_nb.data.archives import (
-    Blocks, Checked, SplitBy, blocks, check, deal, find_scenes, make_folds, make_split, prepare, read_blocks, split_leak,
+    Blocks, Checked, SplitBy, blocks, check, deal, find_scenes, make_folds, make_split, prepare,
+    read_blocks, split_leak,
 )
 
 # %% ../../nbs/lib/07_data.ipynb #9f0f69ce
@@ -33,6 +34,5 @@ _all_ = [
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "SplitBy", "split_leak",
     "Split", "TNO", "load_dataset", "read_split",
     "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_folds",
-    "make_split",
-    "prepare", "read_blocks", "box_fault", "image_size", "listed_names", "read_mask", "read_yaml", "read_yolo",
+    "make_split", "prepare", "read_blocks", "box_fault", "image_size", "listed_names", "read_mask", "read_yaml", "read_yolo",
 ]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'Comparison', 'Claim', 'needed', 'searches', 'study_stages', 'finished',
            'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims', 'seeds_needed',
-           'what_is_excluded', 'decide', 'lead', 'form_scores', 'block_values', 'compare_forms', 'compare_pictures',
-           'leads', 'RealPairs', 'read_real', 'weights', 'task_distance', 'diagnose', 'protocol', 'modalities_text',
-           'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
+           'what_is_excluded', 'compare_forms', 'compare_pictures', 'leads', 'RealPairs', 'read_real', 'weights',
+           'task_distance', 'diagnose', 'protocol', 'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights',
+           'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
@@ -29,7 +29,9 @@ from tqdm import tqdm
 from ..core import CafError, optional
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
-from ..rows import Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady
+from caf_nb.rows import (
+    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady,
+)
 from ..stages import Search
 
 # %% ../../nbs/lib/32_study.ipynb #e6f18597
@@ -275,7 +277,7 @@ def what_is_excluded(compared: pd.DataFrame, # of `compare_rows`
     return shown.set_index(["claim", "row", "against", "metric"])
 
 # %% ../../nbs/lib/32_study.ipynb #ee579621
-def decide(differences: Mapping[Any, Sequence[float]], # of a family of comparisons
+def _decide(differences: Mapping[Any, Sequence[float]], # of a family of comparisons
            margin: Mapping[Any, float] | float = 1.,   # a difference that matters
 ) -> pd.DataFrame: # index: the keys; columns n, effect, low, high, p (Holm), p equivalent, verdict
     "Better, worse, equivalent or undecided, at 5 %."
@@ -294,21 +296,21 @@ def decide(differences: Mapping[Any, Sequence[float]], # of a family of comparis
                                  "undecided")
     return found
 
-def lead(verdicts: Iterable[str], # of `decide`
+def _lead(verdicts: Iterable[str], # of `_decide`
 ) -> str:
     "A lead over all others is supported if each comparison is better, contradicted if one is worse, else undecided."
     told = set(verdicts)
     return "supported" if told == {"better"} else "contradicted" if "worse" in told else "undecided"
 
 # %% ../../nbs/lib/32_study.ipynb #d9e983b5
-def form_scores(judged: Mapping[tuple[str, str, str], Cell], # (judge, fold, seed) -> a cell of `JudgeForms`
+def _form_scores(judged: Mapping[tuple[str, str, str], Cell], # (judge, fold, seed) -> a cell of `JudgeForms`
 ) -> pd.DataFrame: # columns judge, fold, seed, form, metric, without (a block, or ""), value
     "The scores of every form with every judge."
     rows = [(*key, form, metric, (block or [""])[0].removeprefix("without "), value) for key, cell in judged.items()
             for name, value in cell.scores.items() for form, metric, *block in (name.split(", "),)]
     return pd.DataFrame(rows, columns="judge fold seed form metric without value".split())
 
-def block_values(scores: pd.DataFrame, # of `form_scores`, of one judge
+def _block_values(scores: pd.DataFrame, # of `_form_scores`, of one judge
                  form: str, against: str, metric: str,
 ) -> list[float]:                      # one for each block, in the unit of the scores
     "Values whose mean is the difference between two forms, and whose scatter gives its error."
@@ -321,13 +323,14 @@ def block_values(scores: pd.DataFrame, # of `form_scores`, of one judge
 # %% ../../nbs/lib/32_study.ipynb #b6daa1fe
 _SOURCES = ("ir", "vi", "mean")
 
-def compare_forms(scores: pd.DataFrame,                             # of `form_scores`
+def compare_forms(scores: pd.DataFrame,                             # of `_form_scores`
                   metrics: Sequence[str] = ("mAP@.5", "mAP@.5:.95"),
-) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `decide`
+) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `_decide`
     "CAF against every other form; a judge and a metric are a family. Equivalent: within a point."
     tables = []
     for (judge, metric), part in scores[scores.metric.isin(metrics)].groupby(["judge", "metric"], sort=False):
-        found = decide({form: block_values(part, "caf", form, metric) for form in in_order(part.form) if form != "caf"})
+        others = [form for form in in_order(part.form) if form != "caf"]
+        found = _decide({form: _block_values(part, "caf", form, metric) for form in others})
         tables.append(found.assign(claim=judge, dataset="msrs_boxes", row="caf", metric=metric, margin=0.))
     return pd.concat(tables).rename_axis("against").reset_index()
 
@@ -337,7 +340,7 @@ def compare_pictures(measured: pd.DataFrame, # columns dataset, convention, imag
     methods, tables = [name for name in in_order(measured.columns) if name in ROWS and name != "caf"], []
     for convention, of in measured.groupby("convention", sort=False):
         for family in (set(methods) - {*_SOURCES}, {*_SOURCES} & set(methods)):
-            found = decide({(dataset, metric, other): 100 * (part.caf - part[other]) / part.caf.mean()
+            found = _decide({(dataset, metric, other): 100 * (part.caf - part[other]) / part.caf.mean()
                             for (dataset, metric), part in of.groupby(["dataset", "metric"], sort=False)
                             for other in methods if other in family}, margin=5.)
             tables.append(found.assign(claim=convention, row="caf", margin=0.))
@@ -348,7 +351,7 @@ def leads(compared: pd.DataFrame, # of `compare_forms` or `compare_pictures`
 ) -> pd.DataFrame:                # index by; columns comparisons, verdict
     "Whether CAF leads all others."
     def tally(v): return ", ".join(f"{n} {x}" for x, n in sorted(v.value_counts().items()))
-    return compared.groupby(list(by), sort=False).verdict.agg(comparisons=tally, verdict=lead)
+    return compared.groupby(list(by), sort=False).verdict.agg(comparisons=tally, verdict=_lead)
 
 # %% ../../nbs/lib/32_study.ipynb #7148db38
 class RealPairs(NamedTuple):
@@ -363,7 +366,7 @@ def read_real(folder: str | Path) -> RealPairs:
               for _, dataset, convention in (file.stem.split("-", 2),)]
     judged = {(judge, fold, seed): Cell.model_validate_json(file.read_text(encoding="utf-8"))
               for file in sorted(Path(folder).glob("cells/*.json")) for judge, fold, seed in (file.stem.split("-"),)}
-    return RealPairs(pd.concat(frames) if frames else pd.DataFrame(), form_scores(judged))
+    return RealPairs(pd.concat(frames) if frames else pd.DataFrame(), _form_scores(judged))
 
 # %% ../../nbs/lib/32_study.ipynb #cd590496
 def weights(found: Found) -> pd.DataFrame:

@@ -10,7 +10,8 @@ __all__ = ['History', 'caf_recipe', 'train_fusion', 'train_joint', 'DetectionSco
 # %% ../../nbs/lib/26_train.ipynb #629b1646
 from ..loop import History
 from caf_nb.train.detector import (
-    DetectionScores, DetectorResult, average_precision, evaluate_detector, finetune_detector, matched_boxes, write_yolo_folder,
+    DetectionScores, DetectorResult, average_precision, evaluate_detector, finetune_detector, matched_boxes,
+    write_yolo_folder,
 )
 from .fusion import caf_recipe, train_fusion
 from .joint import train_joint
