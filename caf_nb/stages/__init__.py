@@ -753,7 +753,7 @@ class JudgeForms(BaseModel):
         for split in ("train", "test"): _write_forms(pictures, self.data, split, self.forms)
         judge = _task_network(self.data, self.settings, self.start, self.seed)
         result = _finetune(judge, pictures, self.settings, size, _folder(self.infra, "judge"), self.seed)
-        return Judged(matched_boxes(judge, pictures, size), result.provenance, result.seconds)
+        return Judged(matched_boxes(cast(Detector, judge), pictures, size), result.provenance, result.seconds)
 
     def scores(self) -> dict[str, float]:
         """Percent by "FORM, METRIC" (AP of each class, mAP@.5:.95, mAP@.5), and by "FORM, METRIC, without N" for each
