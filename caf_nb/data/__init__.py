@@ -34,5 +34,6 @@ _all_ = [
     "Multispectral", "NOTES", "Published", "READERS", "RoadScene", "SPLIT_VERSION", "SplitBy", "split_leak",
     "Split", "TNO", "load_dataset", "read_split",
     "where", "write_split", "Blocks", "Checked", "blocks", "check", "deal", "find_scenes", "make_folds",
-    "make_split", "prepare", "read_blocks", "box_fault", "image_size", "listed_names", "read_mask", "read_yaml", "read_yolo",
+    "make_split", "prepare", "read_blocks",
+    "box_fault", "image_size", "listed_names", "read_mask", "read_yaml", "read_yolo",
 ]

@@ -278,19 +278,19 @@ def what_is_excluded(compared: pd.DataFrame, # of `compare_rows`
 
 # %% ../../nbs/lib/32_study.ipynb #ee579621
 def _decide(differences: Mapping[Any, Sequence[float]], # of a family of comparisons
-           margin: Mapping[Any, float] | float = 1.,   # a difference that matters
+           margin: float = 1.,                         # a difference that matters
 ) -> pd.DataFrame: # index: the keys; columns n, effect, low, high, p (Holm), p equivalent, verdict
     "Better, worse, equivalent or undecided, at 5 %."
-    from statsmodels.stats.multitest import multipletests
-    from statsmodels.stats.weightstats import DescrStatsW
+    from scipy import stats
 
-    rows, margins = {}, margin if isinstance(margin, Mapping) else dict.fromkeys(differences, margin)
+    rows: dict[Any, dict[str, float]] = {}
     for key, values in differences.items():
-        e, test = effect(values), DescrStatsW(values)
-        rows[key] = {"n": e.n, "effect": e.mean, "low": e.low, "high": e.high, "p": test.ttest_mean(0)[1],
-                     "p equivalent": test.ttost_mean(-margins[key], margins[key])[0]}
+        e = effect(values)
+        sides = (stats.ttest_1samp(values, at, alternative=side) for at, side in ((-margin, "greater"), (margin, "less")))
+        rows[key] = {"n": e.n, "effect": e.mean, "low": e.low, "high": e.high,
+                     "p": stats.ttest_1samp(values, 0).pvalue, "p equivalent": max(side.pvalue for side in sides)}
     found = pd.DataFrame.from_dict(rows, orient="index")
-    found["p"] = multipletests(found.p, method="holm")[1]
+    found["p"] = optional("statsmodels.stats.multitest", "notebooks").multipletests(found.p, method="holm")[1]
     different, same = found.p < 0.05, found["p equivalent"] < 0.05
     found["verdict"] = np.select([different & (found.effect > 0), different, same], ["better", "worse", "equivalent"],
                                  "undecided")
