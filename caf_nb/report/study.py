@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'Comparison', 'Claim', 'needed', 'searches', 'study_stages', 'finished',
            'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims', 'seeds_needed',
-           'what_is_excluded', 'compare_forms', 'compare_pictures', 'leads', 'RealPairs', 'read_real', 'weights',
-           'task_distance', 'diagnose', 'protocol', 'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights',
-           'plot_rows']
+           'what_is_excluded', 'compare_forms', 'compare_pictures', 'leads', 'effects_table', 'RealPairs', 'read_real',
+           'weights', 'task_distance', 'diagnose', 'protocol', 'modalities_text', 'verdicts_text', 'plot_effects',
+           'plot_weights', 'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
@@ -286,9 +286,10 @@ def _decide(differences: Mapping[Any, Sequence[float]], # of a family of compari
     rows: dict[Any, dict[str, float]] = {}
     for key, values in differences.items():
         e = effect(values)
-        sides = (stats.ttest_1samp(values, at, alternative=side) for at, side in ((-margin, "greater"), (margin, "less")))
+        sides = [stats.ttest_1samp(values, edge, alternative=side).pvalue
+                 for edge, side in ((-margin, "greater"), (margin, "less"))]
         rows[key] = {"n": e.n, "effect": e.mean, "low": e.low, "high": e.high,
-                     "p": stats.ttest_1samp(values, 0).pvalue, "p equivalent": max(side.pvalue for side in sides)}
+                     "p": stats.ttest_1samp(values, 0).pvalue, "p equivalent": max(sides)}
     found = pd.DataFrame.from_dict(rows, orient="index")
     found["p"] = optional("statsmodels.stats.multitest", "notebooks").multipletests(found.p, method="holm")[1]
     different, same = found.p < 0.05, found["p equivalent"] < 0.05
@@ -352,6 +353,14 @@ def leads(compared: pd.DataFrame, # of `compare_forms` or `compare_pictures`
     "Whether CAF leads all others."
     def tally(v): return ", ".join(f"{n} {x}" for x, n in sorted(v.value_counts().items()))
     return compared.groupby(list(by), sort=False).verdict.agg(comparisons=tally, verdict=_lead)
+
+def effects_table(compared: pd.DataFrame, # likewise
+                  *rows: str,             # columns that name a row
+) -> pd.DataFrame:                        # a column for each other form
+    "Difference, interval and verdict of every comparison."
+    text = [f"{c.effect:+.1f} [{c.low:+.1f}, {c.high:+.1f}] {c.verdict}" for c in compared.itertuples()]
+    wide = compared.assign(text=text).pivot(index=list(rows), columns="against", values="text")
+    return wide[in_order(wide)].rename(columns=lambda row: row_style(row).title)
 
 # %% ../../nbs/lib/32_study.ipynb #7148db38
 class RealPairs(NamedTuple):
