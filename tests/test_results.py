@@ -71,6 +71,14 @@ def test_tables_of_real_pairs_follow_from_their_cells():
         pd.testing.assert_frame_equal(made, written, check_dtype=False, atol=1e-9)
 
 
+def test_readme_tells_the_verdicts_on_real_pairs():
+    found = pd.read_csv(ROOT / "results/real/figure7.csv")
+    found = found[(found.claim == "caf_nb") & ~found.against.isin(["ir", "vi", "mean"])]
+    n = found.verdict.value_counts()
+    said = f"of {len(found)} comparisons (five methods, four metrics, all pairs of TNO and RoadScene given here) CAF is better in {n.better}, worse in {n.worse} and equivalent in {n.equivalent}"
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/notebooks/*.ipynb")), ids=lambda p: p.stem)
 def test_executed_notebooks_can_be_shown(path):
     "Small enough for GitHub, run to the end, and without what went to stderr."
