@@ -1,5 +1,6 @@
 """What a large run needs: found where it is, named where it is not, and its cost."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_data_are_there_if_they_can_be_read(small, data_root, tmp_path):
     needs = look()
     assert {name: need.state for name, need in needs.items()} == {"M3FD": "missing", "Multispectral": "warning", "MFNet": "missing", "TNO": "there", "RoadScene": "missing"}
     assert "00000.png" in needs["M3FD"].detail and "images beside labels" in needs["MFNet"].detail
+
+
+def test_the_original_detector_needs_its_distribution_and_its_own_file(small):
+    original = small.model_copy(update={"detector": small.detector.model_copy(update={"anchors": True})})
+    found = {need.what: need for need in check(original, "", "", rows=())}
+    assert "yolov5" not in {need.what for need in check(small, "", "", rows=())}
+    assert (found["yolov5"].state == "there") == (importlib.util.find_spec("yolov5") is not None)
+    assert found["COCO weights of the original yolov5n"].state == "missing" and "no yolov5n.pt" in found["COCO weights of the original yolov5n"].detail
 
 
 @pytest.mark.slow
