@@ -10,6 +10,7 @@ __all__ = ['CAF', 'INFRARED', 'VISIBLE', 'MEAN', 'FusionNet', 'to_official', 'fr
 # %% ../nbs/lib/18_fusion.ipynb #c48e533b
 import json
 import math
+import os
 import re
 import tempfile
 import time
@@ -20,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -144,11 +145,15 @@ def _read_for(entry: Method, net: nn.Module, file: Path) -> dict[str, Tensor]:
     tensors = read(file)
     return tensors if tensors.keys() == net.state_dict().keys() else entry.convert(tensors)
 
+@cache
+def _outline(network: Callable[[], nn.Module]) -> nn.Module: # without values
+    with torch.device("meta"): return network()
+
 def _belongs_to(file: Path) -> str | None:
     "The method whose network a file fits."
     for method in METHODS:
         try:
-            with torch.device("meta"): net = build_network(method)
+            net = _outline(find_method(method).network)
             own = {name: tensor.shape for name, tensor in net.state_dict().items()}
             tensors = _read_for(find_method(method), net, file)
             if own and own == {name: tensor.shape for name, tensor in tensors.items()}: return method
@@ -436,9 +441,10 @@ def _targets(out: Path, pairs: Sequence[Pair]) -> dict[Pair, Path]: # where the 
     single = out.suffix.lower() == ".png" and not out.is_dir()
     if single and len(pairs) > 1: raise CafError(f"is one file for {len(pairs)} pairs", out, "Give a folder")
     targets = {pair: out if single else out/f"{pair.stem}.png" for pair in pairs}
-    sources = {file.resolve() for pair in pairs for file in (pair.ir, pair.vi)}
-    folders = {file.parent.resolve() for file in (pairs[0].ir, pairs[0].vi)}
-    if not single and out.resolve() in folders or any(target.resolve() in sources for target in targets.values()):
+    real = os.path.realpath # which bears a link to itself
+    sources = {real(file) for pair in pairs for file in (pair.ir, pair.vi)}
+    folders = {real(file.parent) for file in (pairs[0].ir, pairs[0].vi)}
+    if not single and real(out) in folders or any(real(target) in sources for target in targets.values()):
         raise CafError("the output folder holds the source images, which the results could overwrite", out,
                        "Choose another output folder")
     place = out.parent if single else out
@@ -640,7 +646,7 @@ def _moving(ir: Path, vi: Path, ir_range: str | Levels, max_pixels: int | None, 
 
 def _check_video(out: Path, sources: Sequence[Path]) -> None:
     "Raises `CafError` unless a video can be put there."
-    if out.resolve() in [source.resolve() for source in sources]:
+    if os.path.realpath(out) in map(os.path.realpath, sources):
         raise CafError("the result would overwrite a source", out, "Choose another name")
     if not out.parent.is_dir(): raise CafError("there is no such folder", out.parent, "Make it first")
 

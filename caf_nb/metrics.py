@@ -530,7 +530,7 @@ def _named(fused: Images | Sequence[str | Path] | Mapping[str, Images]) -> dict[
     "Method -> its images; a folder is called by its name."
     if isinstance(fused, Mapping): return dict(fused)
     if isinstance(fused, Tensor): return {"fused": fused}
-    folders = [Path(f).resolve() for f in ([fused] if isinstance(fused, str | Path) else fused)]
+    folders = [Path(os.path.realpath(f)) for f in ([fused] if isinstance(fused, str | Path) else fused)]
     if len({f.name for f in folders}) == len(folders): return {f.name: f for f in folders}
     raise CafError("two folders of fused images have one name", folders[0], "Pass a mapping, method -> folder")
 

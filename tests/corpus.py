@@ -135,10 +135,18 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
 def chunk(kind: bytes, data: bytes) -> bytes: return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def zeros(size: int) -> bytes:
+    "So many zeros as zlib packs them: one packed block, again and again."
+    if not size: return zlib.compress(b"")
+    packer, block = zlib.compressobj(9), min(size, 2**20)
+    first, again = (packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    rest = packer.compress(bytes(size % block)) + packer.flush()
+    return first + again * (size // block - 1) + rest[:-4] + struct.pack(">I", size % 65521 << 16 | 1)
+
+
 def png(width: int, height: int, depth: int = 8, colour: int = 0, before: bytes = b"", rows: int | None = None) -> bytes:
     "A PNG of zeros that claims this size; `rows`: that are there."
-    packer, line = zlib.compressobj(9), bytes(1 + width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
-    data = b"".join(packer.compress(line) for _ in range(min(height, 400) if rows is None else rows)) + packer.flush()
+    data = zeros((min(height, 400) if rows is None else rows) * (1 + width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)) + before + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
@@ -167,7 +175,7 @@ def pictures() -> Make:
     whole = {"png": encoded(colour, "PNG"), "jpg": encoded(colour, "JPEG"), "bmp": encoded(gray, "BMP"), "tif": array_tiff(np.array(gray)), "lzw.tif": encoded(gray, "TIFF", compression="tiff_lzw")}
     for end, raw in whole.items():
         made |= {f"cut-{share}.{end}": content(raw[:len(raw) * share // 100]) for share in (5, 50, 97)} | {f"flip-{i}.{end}": content(d) for i, d in enumerate(flips(raw, 3, seed=3))}
-    bomb = zlib.compress(bytes(10**9))
+    bomb = zeros(10**9)
     made |= {"giga.png": content(png(30000, 30000)), "largest.png": content(png(2**31 - 1, 2**31 - 1, rows=0, depth=1)), "144.png": content(png(12000, 12000, rows=12000)), "deep.png": content(png(6000, 6000, 16, 6)),
              "none.png": content(png(0, 5)), "short.png": content(png(64, 48, rows=5)), "text.png": content(png(8, 8, before=chunk(b"zTXt", b"a\0\0" + bomb))), "icc.png": content(png(8, 8, before=chunk(b"iCCP", b"a\0\0" + bomb))),
              "exif.png": content(png(8, 8, before=chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 60))), "no-palette.png": content(png(8, 8, 8, 3)), "length.png": content(png(8, 8)[:33] + b"\xff\xff\xff\xffIDAT"),
@@ -195,14 +203,14 @@ VOC = "<annotation><object><name>People</name><bndbox><xmin>{}</xmin><ymin>1</ym
 def labels() -> Make:
     entity = "".join(f'<!ENTITY {b} "{f"&{a};" * 20}">' for a, b in zip("abcdefg", "bcdefgh"))
     xml = {"entities": f'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">{entity}]><annotation>&h;</annotation>', "file": '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><annotation>&a;</annotation>', "nan": VOC.format("nan"),
-           "huge": VOC.format("1e999"), "underscore": VOC.format("1_0"), "digits": VOC.format("9" * 5000), "hex": VOC.format("0x10"), "empty": "", "deep": "<a>" * 200_000, "wide": "<a/>" * 400_000, "cut": VOC.format(1)[:70], "text": "People 1 2 3 4",
+           "huge": VOC.format("1e999"), "underscore": VOC.format("1_0"), "digits": VOC.format("9" * 5000), "hex": VOC.format("0x10"), "empty": "", "deep": "<a>" * 50_000, "wide": "<a/>" * 400_000, "cut": VOC.format(1)[:70], "text": "People 1 2 3 4",
            "names": f"<annotation>{'<object><name>x</name></object>' * 9}</annotation>", "encoding": '<?xml version="1.0" encoding="no-such"?><a/>', "utf7": '<?xml version="1.0" encoding="utf-7"?><a/>', "binary": "\0" * 99, "large": " " * 3_000_000, "stranger": VOC.format(1).replace("People", "\x85\u202e" * 9)}
     txt = {"four": "0 .5 .5 .3", "six": "0 .5 .5 .3 .4 .9", "float": "0.0 .5 .5 .3 .4", "minus": "-1 .5 .5 .3 .4", "class": "9" * 5000 + " .5 .5 .3 .4", "inf": "0 inf .5 .3 .4", "under": "0 1_0 .5 .3 .4", "arabic": "\u0661 .5 .5 .3 .4",
            "pixels": "0 32 32 9 9", "thin": "0 .5 .5 0 .4", "line": "a" * 2_000_000, "escape": "\x1b[2J .5 .5 .5 .5", "null": "0 .5 .5 .3 \0", "latin": "0 .5 .5 .3 .4 \xe9"}
-    yaml = {"aliases": "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij")) + "names: *j", "merge": "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefghi", "bcdefghij")), "depth": "[" * 60_000, "map": "{" * 60_000,
+    yaml = {"aliases": "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij")) + "names: *j", "merge": "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefghi", "bcdefghij")), "depth": "[" * 60_000, "map": "{" * 400,
             "python": "names: !!python/object/apply:os.getcwd []", "number": "names: 3", "keys": "names: {-1: a}", "gap": "names: {0: a, 5: b}", "int": "names: {" + "9" * 5000 + ": a}", "date": "names: [2024-99-99]", "tab": "\tnames: [a]", "sixty": "a: 1:99:" + "9" * 9}
     return {f"{name}.xml": content(text) for name, text in xml.items()} | {f"{name}.txt": content(text.encode("latin-1", "replace") if name == "latin" else text) for name, text in txt.items()} | {
-        f"{name}.yaml": content(text) for name, text in yaml.items()} | {"pipe.xml": os.mkfifo, "device.txt": lambda path: path.symlink_to("/dev/zero"), "folder.yaml": lambda path: path.mkdir(), "utf16.txt": content("0 .5 .5 .3".encode("utf-16"))}
+        f"{name}.yaml": content(text) for name, text in yaml.items()} | {"pipe.xml": os.mkfifo, "device.txt": lambda path: path.symlink_to("/dev/zero"), "folder.yaml": lambda path: path.mkdir(), **{f"loop.{end}": lambda path: path.symlink_to(path.name) for end in ("xml", "txt", "yaml")}, "utf16.txt": content("0 .5 .5 .3".encode("utf-16"))}
 
 
 def write(makes: Make, folder: Path) -> list[Path]:

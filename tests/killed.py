@@ -1,11 +1,12 @@
-"""Run by test_training.py in a process of its own: trainings that are killed with SIGKILL and resumed.
+"""Run by test_training.py in a process of its own: trainings, stages, folders of pictures and reports that are killed with SIGKILL and resumed.
 
     python killed.py KIND FOLDER KILLS
 
 One process imports the libraries and makes the data; each run of a training is a fork of it, which saves the seconds of importing. (The parent never computes, so that
 no thread is lost in the fork.) The training is run once in peace, then again and again with kills at random moments until it has ended, and that until there were KILLS
-kills. What is printed, as JSON, is for the test to judge."""
+kills. What is printed, as JSON, is for the test to judge. A report's kernels have to end with it."""
 
+import hashlib
 import json
 import os
 import random
@@ -20,8 +21,8 @@ import torch
 torch.set_num_threads(1)
 
 from caf_nb.config import DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings
-from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES
-from caf_nb.fusion import FusionNet
+from caf_nb.data import M3FD_CLASSES, MFNET_CLASSES, write_png
+from caf_nb.fusion import FusionNet, fuse_folder, load_fusion
 from caf_nb.losses import LossSpace, RELEASED
 from caf_nb.search import search
 from caf_nb.synth import SynthScenes
@@ -78,6 +79,63 @@ def detector(folder: Path) -> dict:
     return {"losses": result.losses, "scores": [result.map, result.map50], "net": back.net.state_dict()}
 
 
+def stages(folder: Path) -> dict:
+    "A training, its pictures and their metrics in one cache, where each waits for the one before."
+    from caf_nb.config import DataSettings
+    from caf_nb.losses import TERMS
+    from caf_nb.stages import FuseDataset, MeasureFusion, TrainFusion, Weighted
+    from caf_nb.stages.sources import Data
+    infra, data = {"folder": folder / "cache"}, Data(name="m3fd", settings=DataSettings(source="embedded", size=32, train=4, val=1, test=2))
+    trained = TrainFusion(data=data, loss=Weighted(beta=(1 / len(TERMS),) * len(TERMS)), settings=FusionSettings(epochs=2, batch_size=2, lr=1e-3), infra=infra)
+    fused = FuseDataset(data=data, model=trained, infra=infra)
+    found = MeasureFusion(fused=fused, metrics=("SD", "EN"), infra=infra).run()
+    return {"losses": trained.run().losses, "found": found, "net": trained.run().state, "pictures": digests(fused.run())}
+
+
+def fuse(folder: Path) -> dict:
+    "A second run leaves the results that are there, so that half of one would stay."
+    result = fuse_folder(load_fusion("caf", device="cpu"), folder.parent / "data/ir", folder.parent / "data/vi", folder / "out", progress=False, overwrite=False)
+    return {"losses": [len(result.failures)], "pictures": digests(folder / "out")}
+
+
+def report(folder: Path) -> dict:
+    "Two notebooks, each with a table, and the page."
+    from caf_nb.report import build_report
+    page, ran = build_report("smoke", folder / "out", folder.parent / "data/nbs")
+    return {"losses": [bool(r.error) for r in ran.values()], "tables": digests(folder / "out", "*.csv"), "page": page.is_file() and len(list((folder / "out/page/html").glob("table*.html")))}
+
+
+def digests(folder: Path, which: str = "*.*") -> dict[str, str]: return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob(which)) if file.is_file()}
+
+
+def write_pairs(root: Path) -> None:
+    for scene in SynthScenes(8, (96, 128), seed=3):
+        for kind in ("ir", "vi"):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            write_png(root / kind / f"{scene.stem}.png", getattr(scene, kind))
+
+
+def write_notebooks(root: Path) -> None:
+    "Each says which process runs it."
+    (root / "nbs").mkdir(parents=True)
+    (root / "docs").symlink_to(Path(__file__).resolve().parents[1] / "docs")
+    for name in ("table1", "table2"):
+        said = f"import os, time; open({str(root / 'kernels')!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(0.5); open(f'{{out}}/{name}.csv', 'w').write('{name}' * 999)"
+        cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": ["parameters"] * (not i)}, "source": source, "outputs": [], "execution_count": None} for i, source in enumerate(("profile = 'mini'; out = ''", said))]
+        title = {"cell_type": "markdown", "id": "title", "metadata": {}, "source": f"# About {name}"}
+        kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+        (root / f"nbs/{name}.ipynb").write_text(json.dumps({"cells": [title, *cells], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def kernels_left(file: Path, seconds: float = 30) -> int:
+    "How many kernels still run, after so many seconds at most."
+    pids = file.read_text().split() if file.exists() else []
+    for _ in range(int(10 * seconds)):
+        if not (living := [pid for pid in pids if Path(f"/proc/{pid}").exists()]): return 0
+        time.sleep(0.1)
+    return len(living)
+
+
 def child(train, folder: Path) -> int:
     "Start a run of a training in a fork; the result is written at its end."
     pid = os.fork()
@@ -99,9 +157,15 @@ def computed(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def killed_after(pid: int, seconds: float) -> bool:
+def age(pid: int) -> float:
+    "Seconds since a process began; a report computes in others."
+    begun = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - begun / os.sysconf("SC_CLK_TCK")
+
+
+def killed_after(pid: int, seconds: float, clock) -> bool:
     "Kill a process unless it ends before."
-    while computed(pid) < seconds:
+    while clock(pid) < seconds:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found and status: sys.exit("a run has failed")
         if found: return False
@@ -117,15 +181,21 @@ def same(a, b) -> bool:
     return str(a) == str(b)  # nan is nan
 
 
-LIFE = {"fusion": (0.05, 0.6), "segmenter": (0.05, 0.6), "joint": (0.05, 0.6), "search": (0.05, 0.6), "detector": (0.4, 1.2)}  # seconds to a kill, where the peaceful run has 1; half of the detector's goes by before its first epoch
+RUNS = {"fusion": fusion, "segmenter": segmenter, "joint": joint, "search": searched, "detector": detector, "stages": stages, "fuse": fuse, "report": report}
+LIFE = {"detector": (0.4, 1.2), "stages": (0.1, 0.9), "fuse": (0.1, 0.9), "report": (0.1, 0.9)}  # seconds to a kill, where the peaceful run has 1; half of the detector's goes by before its first epoch
 
 
 def main(kind: str, root: Path, wanted: int) -> dict:
-    train, draw, kills, trainings = {"fusion": fusion, "segmenter": segmenter, "joint": joint, "search": searched, "detector": detector}[kind], random.Random(kind), 0, []
+    train, draw, kills, trainings = RUNS[kind], random.Random(kind), 0, []
     import kornia.losses, kornia.metrics, torch._dynamo, torch._inductor  # noqa: F401  what a training imports late, no fork should
     if kind == "segmenter": import accelerate, torchmetrics.classification, transformers.models.segformer.modeling_segformer
     if kind == "fusion": import accelerate
     if kind in ("joint", "search"): import transformers.models.segformer.modeling_segformer
+    if kind == "stages": import accelerate, caf_nb.stages  # noqa: F401
+    if kind == "fuse": write_pairs(root / "data")
+    if kind == "report":
+        import caf_nb.report
+        write_notebooks(root / "data")
     if kind == "detector":
         for split in ("train", "test"):
             write_yolo_folder(root / "data", split, [s.vi for s in SCENES], [s.boxes for s in SCENES], [s.stem for s in SCENES], M3FD_CLASSES)
@@ -135,15 +205,17 @@ def main(kind: str, root: Path, wanted: int) -> dict:
     (root / "whole").mkdir()
     _, status, used = os.wait4(child(train, root / "whole"), 0)
     if status: sys.exit("the first run has failed")
-    seconds, whole = used.ru_utime + used.ru_stime, torch.load(root / "whole/result.pt")
+    clock = age if kind == "report" else computed
+    seconds, whole = time.monotonic() - begun if kind == "report" else used.ru_utime + used.ru_stime, torch.load(root / "whole/result.pt")
     while kills < wanted:
         folder = root / f"training{len(trainings)}"
         folder.mkdir()
         runs = 0
         while not (folder / "result.pt").exists():
             runs += 1
-            life = draw.uniform(*LIFE[kind]) if kills < 3 * wanted else 10.  # a training that never ends would be killed for ever
-            kills += killed_after(child(train, folder), life * seconds)
+            life = draw.uniform(*LIFE.get(kind, (0.05, 0.6))) if kills < 3 * wanted else 10.  # a training that never ends would be killed for ever
+            kills += killed_after(child(train, folder), life * seconds, clock)
+            if kernels_left(root / "data/kernels"): sys.exit("a kernel is left")
         trainings.append((runs, same(torch.load(folder / "result.pt"), whole)))
     return {"kills": kills, "trainings": trainings, "seconds": seconds, "steps": len(whole["losses"]), "all_s": time.monotonic() - begun}
 

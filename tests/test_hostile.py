@@ -15,6 +15,7 @@ from torchvision.models import vgg16, vgg19
 
 from caf_nb.checkpoints import load_plain, read_tensors
 from caf_nb.core import CafError
+from caf_nb.fusion import load_fusion
 from caf_nb.losses.vgg import load_vgg
 from caf_nb.loop import read_state, write_state
 from caf_nb.tasks import Detector, Segmenter, contained_ultralytics
@@ -183,6 +184,20 @@ def test_a_call_in_a_segmenter_is_refused(folder, tmp_path):
     with pytest.raises(CafError, match=r"pytorch_model\.bin: the checkpoint asks for .*open"):
         Segmenter(CLASSES, weights=folder)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"method": "nobody"}', '{"method": ["caf"]}', '{"method": "caf", "rule": 3}', "[" * 100_000, '{"method": "didfuse"}', "nan", "cut"])
+def test_a_folder_of_the_hub(tmp_path, content):
+    "Taken out: `FusionModel.from_pretrained`. Then exceptions of json, safetensors and the hub came through, weights of nan were loaded, and those of CAF as a DIDFuse of random weights."
+    pytest.importorskip("huggingface_hub")
+    from caf_nb.zoo.export import FusionModel, save_model
+    net = load_fusion("caf", device="cpu")
+    if content == "nan": nn.init.constant_(net.out.bias, float("nan"))
+    save_model(tmp_path / "net", net, "caf", {})
+    if content == "cut": (tmp_path / "net/model.safetensors").write_bytes((tmp_path / "net/model.safetensors").read_bytes()[:-9])
+    elif content != "nan": (tmp_path / "net/config.json").write_text(content)
+    with pytest.raises(CafError, match="net: (is no folder of save_model|holds weights that are not finite)") as caught: FusionModel.from_pretrained(tmp_path / "net")
+    assert len(str(caught.value)) < 400
 
 
 # VGG

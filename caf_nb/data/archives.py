@@ -171,10 +171,14 @@ def blocks(sets: Sequence[Published], # the parts to draw from
 # %% ../../nbs/lib/06_archives.ipynb #b4e6f5f1
 def read_blocks(path: str | Path) -> list[Block]:
     "Read a list of blocks. Raises `CafError` if it is none."
+    def whole(text: str) -> int: # int takes "-1" and "1_0" as well
+        if text.isascii() and text.isdecimal() and len(text) < 10: return int(text)
+        raise ValueError(text[:40])
     try:
-        return [Block(row["dataset"], row["stem"], int(row["top"]), int(row["left"]), int(row["size"]))
-                for row in csv.DictReader(label_text(Path(path), 2 ** 26).splitlines())]
-    except (KeyError, TypeError, ValueError, csv.Error):
+        head, *rows = csv.reader(label_text(Path(path), 2 ** 26).splitlines())
+        if tuple(head) != Block._fields: raise ValueError("another first line")
+        return [Block(dataset, stem, *map(whole, numbers)) for dataset, stem, *numbers in rows]
+    except (TypeError, ValueError, csv.Error):
         raise CafError("is no list of blocks", path, "Make one with caf-data prepare") from None
 
 class Blocks(LazySequence[Scene]):

@@ -76,8 +76,8 @@ def textbook_space(variant: Literal["paper", "released"] | Variant,
     "A loss with a VGG-16 built from nothing and read from a file, classifier and all."
     from torchvision.models import vgg16
 
-    whole = vgg16(weights=None, init_weights=False)
-    load_tensors(whole, read_tensors(file), file)
+    with torch.device("meta"): whole = vgg16(weights=None, init_weights=False) # half a gigabyte, if the file has it
+    load_tensors(whole.to_empty(device="cpu"), read_tensors(file), file)
     return LossSpace(variant, Vgg(whole.features, pretrained))
 
 # %% ../../nbs/lib/20_oracle.ipynb #a523dc70

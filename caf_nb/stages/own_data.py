@@ -6,6 +6,7 @@
 __all__ = ['Layout', 'read_layout', 'own_pairs', 'check_own', 'OwnData', 'Plan', 'own_plan', 'found_loss']
 
 # %% ../../nbs/lib/38_own_data.ipynb #572e4aa6
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +48,7 @@ class Layout(BaseModel):
 # %% ../../nbs/lib/38_own_data.ipynb #629e7245
 def read_layout(file: str | Path) -> Layout:
     "Read DATA.yaml, its folders as absolute paths. Raises `CafError` on a file that is none."
-    file = Path(file).resolve()
+    file = Path(os.path.realpath(file)) # bears a link to itself
     keys = "Its keys are " + ", ".join(name for name in Layout.model_fields if name not in ("nc", "download"))
     try: given = read_yaml(file)
     except CafError: raise CafError("is no list of keys and values", file, keys) from None

@@ -52,7 +52,7 @@ def find_root(data_root: str | Path, # folder that holds all archives, or a labe
               name: str,             # a key of `DATA_SETS`, or the name of a folder of your own
 ) -> Path:
     "The folder of one data set. Raises `CafError` if it is missing or ambiguous."
-    data_root = Path(data_root).resolve()
+    data_root = Path(os.path.realpath(data_root))
     if not data_root.is_dir():
         raise CafError("there is no such folder", data_root, "Give the folder that holds the data sets")
     names = (name, DATA_SETS[name].folder) if name in DATA_SETS else ()
@@ -163,7 +163,7 @@ def task_sets(data_root: str, # "" for synthetic scenes
 ) -> dict[str, tuple[Task, ...]]:
     """The labelled sets by name, with their tasks: those of the paper, and folders of your own. Those of the paper are
     left out where there are only others."""
-    paper, root = _published_tasks(), Path(data_root).resolve()
+    paper, root = _published_tasks(), Path(os.path.realpath(data_root))
     if not data_root or not root.is_dir(): return paper
     known = {alias: name for name, entry in DATA_SETS.items() for alias in (name, entry.folder)}
     own: dict[str, tuple[Task, ...]] = {}

@@ -77,6 +77,17 @@ class FusionModel(nn.Module, _hub.PyTorchModelHubMixin, library_name="caf_nb", t
 
     def forward(self, ir: Tensor, vi: Tensor) -> Tensor: return self.net(ir, vi)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "FusionModel":
+        "What `save_model` wrote, or a model of the hub. Raises `CafError` on a folder that holds anything else."
+        remedy = "Write the folder again with save_model"
+        try: found = super().from_pretrained(folder, **{"strict": True, **options})
+        except Exception as error: # of json, safetensors, the network and the hub's own reader
+            if not Path(folder).is_dir(): raise
+            raise CafError(f"is no folder of save_model ({str(error).partition(chr(10))[0]})", folder, remedy) from None
+        if all(t.isfinite().all() for t in found.state_dict().values()): return found
+        raise CafError("holds weights that are not finite", folder, remedy)
+
 # %% ../../nbs/zoo/export.ipynb #d5127f08
 def save_model(folder: str | Path,
                net: nn.Module,             # of the method
