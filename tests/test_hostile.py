@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import pickle
 import sys
 import zipfile
@@ -186,17 +187,21 @@ def test_a_call_in_a_segmenter_is_refused(folder, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"method": "nobody"}', '{"method": ["caf"]}', '{"method": "caf", "rule": 3}', "[" * 100_000, '{"method": "didfuse"}', "nan", "cut"])
+@pytest.mark.parametrize("content", ["[]", "{", '{"method": "nobody"}', '{"method": ["caf"]}', '{"method": "caf", "rule": 3}', "[" * 100_000, '{"method": "didfuse"}', "nan", "cut", "pipe"])
 def test_a_folder_of_the_hub(tmp_path, content):
-    "Taken out: `FusionModel.from_pretrained`. Then exceptions of json, safetensors and the hub came through, weights of nan were loaded, and those of CAF as a DIDFuse of random weights."
+    """Taken out: `FusionModel.from_pretrained`. Then exceptions of json, safetensors and the hub came through, weights of nan were loaded, those of CAF as a DIDFuse of random weights,
+    and safetensors waited for a pipe."""
     pytest.importorskip("huggingface_hub")
     from caf_nb.zoo.export import FusionModel, save_model
     net = load_fusion("caf", device="cpu")
     if content == "nan": nn.init.constant_(net.out.bias, float("nan"))
     save_model(tmp_path / "net", net, "caf", {})
     if content == "cut": (tmp_path / "net/model.safetensors").write_bytes((tmp_path / "net/model.safetensors").read_bytes()[:-9])
+    elif content == "pipe":
+        (tmp_path / "net/model.safetensors").unlink()
+        os.mkfifo(tmp_path / "net/model.safetensors")
     elif content != "nan": (tmp_path / "net/config.json").write_text(content)
-    with pytest.raises(CafError, match="net: (is no folder of save_model|holds weights that are not finite)") as caught: FusionModel.from_pretrained(tmp_path / "net")
+    with pytest.raises(CafError, match="net: (is no folder of save_model|holds weights that are not finite)|is a pipe or a device") as caught: FusionModel.from_pretrained(tmp_path / "net")
     assert len(str(caught.value)) < 400
 
 

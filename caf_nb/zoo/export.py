@@ -81,6 +81,8 @@ class FusionModel(nn.Module, _hub.PyTorchModelHubMixin, library_name="caf_nb", t
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "FusionModel":
         "What `save_model` wrote, or a model of the hub. Raises `CafError` on a folder that holds anything else."
         remedy = "Write the folder again with save_model"
+        odd = [file for file in Path(folder).glob("*") if file.exists() and not (file.is_file() or file.is_dir())]
+        if odd: raise CafError("is a pipe or a device, and no file", odd[0], remedy) # which safetensors would wait for
         try: found = super().from_pretrained(folder, **{"strict": True, **options})
         except Exception as error: # of json, safetensors, the network and the hub's own reader
             if not Path(folder).is_dir(): raise
