@@ -51,7 +51,11 @@ from ..zoo import Recipe, build_network, find_method
 
 # %% ../../nbs/lib/29_stages.ipynb #7672c033
 class CheckedInfra(TaskInfra):
-    "The cache of a stage: each result is computed by one process at a time, and again if its files are damaged."
+    """The cache of a stage: each result is computed by one process at a time, and again if its files are damaged.
+
+    Fields:
+        workers: jobs at a time; 0: as many as there are
+    """
     workers: int = 0 # jobs at a time; 0: as many as there are
     _checked: bool = PrivateAttr(False)
 
@@ -116,7 +120,13 @@ _SLURM: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 def parse_execution(text: str, # local, processes=N, or slurm,partition=...,gpus=...,hours=...
 ) -> dict[str, Any]:           # of `CheckedInfra`
-    "Where stages run. Raises `CafError` if the text does not say it."
+    """Where stages run. Raises `CafError` if the text does not say it.
+
+    Args:
+        text: local, processes=N, or slurm,partition=...,gpus=...,hours=...
+    Returns:
+        of `CheckedInfra`
+    """
     place, *options = (part.strip() for part in text.split(","))
     kind, _, number = place.partition("=")
     try:
@@ -171,7 +181,13 @@ def compute(stages: Sequence[Any],     # with one `infra` setting
             show: Callable[[pd.DataFrame], Any] | None = None, # the table of stages, when it has changed
             every: float = 2.,         # seconds
 ) -> None:
-    "Run stages and all that they are built on as jobs. Raises `CafError` when one fails and nothing else runs."
+    """Run stages and all that they are built on as jobs. Raises `CafError` when one fails and nothing else runs.
+
+    Args:
+        stages: with one `infra` setting
+        show: the table of stages, when it has changed
+        every: seconds
+    """
     known = {part.infra.uid(): part for stage in stages for part in [*_parts(stage), stage]}
     tries, shown, workers = Counter[str](), None, max((part.infra.workers for part in known.values()), default=0)
     for part in known.values():
@@ -202,7 +218,13 @@ def _stage_table(known: dict[str, Any], states: dict[str, tuple[str, str]]) -> p
 # %% ../../nbs/lib/29_stages.ipynb #7787ac33
 def levels(stages: Sequence[Any], # such as those of a table
 ) -> list[tuple[int, Any]]:       # the level of each stage that they need, themselves included
-    "How deep each stage stands: 0 if it is built on no other, else one more than the deepest that it is built on."
+    """How deep each stage stands: 0 if it is built on no other, else one more than the deepest that it is built on.
+
+    Args:
+        stages: such as those of a table
+    Returns:
+        the level of each stage that they need, themselves included
+    """
     known = {part.infra.uid(): part for stage in stages for part in [*_parts(stage), stage]}
     def level(stage: Any) -> int: return 1 + max((level(part) for part in _parts(stage)), default=-1)
     return [(level(stage), stage) for stage in known.values()]
@@ -233,7 +255,12 @@ class PretrainedWeights(NamedTuple):
     provenance: str
 
 class Weights(BaseModel):
-    "Weights from which a network starts: published ones of a task network, or a checkpoint of the package."
+    """Weights from which a network starts: published ones of a task network, or a checkpoint of the package.
+
+    Fields:
+        file: .pt (ultralytics), .safetensors, or a folder of transformers
+        mark: name and fingerprint of the file; computed
+    """
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["weights"] = "weights"
     _exclude_from_cls_uid: ClassVar = ("file",)
@@ -255,7 +282,13 @@ class Weights(BaseModel):
 # %% ../../nbs/lib/29_stages.ipynb #1b7439cf
 def bundled_weights(name: str, # such as "yolov5n.safetensors", or a folder
 ) -> Weights | None:           # None: the package has none of this name
-    "A checkpoint that comes with the package."
+    """A checkpoint that comes with the package.
+
+    Args:
+        name: such as "yolov5n.safetensors", or a folder
+    Returns:
+        None: the package has none of this name
+    """
     file = bundled(name)
     if not file.exists(): return None
     parts = sorted(file.iterdir()) if file.is_dir() else [file]
@@ -285,7 +318,12 @@ def source_in_turn(dataset: str, split: str, scene: Scene) -> Tensor:
 
 # %% ../../nbs/lib/29_stages.ipynb #924c5fc1
 class Pretrain(BaseModel):
-    "Pretrain a task network from random initialisation on scenes of its own, in place of COCO or ImageNet."
+    """Pretrain a task network from random initialisation on scenes of its own, in place of COCO or ImageNet.
+
+    Fields:
+        data: of a seed that no other stage has
+        detector: one of the two
+    """
     model_config = ConfigDict(extra="forbid")
     kind: Literal["pretrained"] = "pretrained"
     data: Data                                    # of a seed that no other stage has
@@ -339,7 +377,12 @@ def _finetune(task: _Network, pictures: Path, settings: Any, size: int, out: Pat
 
 # %% ../../nbs/lib/29_stages.ipynb #d0d68915
 class Searched(NamedTuple):
-    "A searched or given loss."
+    """A searched or given loss.
+
+    Fields:
+        beta: by term
+        history: one row per step
+    """
     beta: dict[str, float]      # by term
     history: pd.DataFrame       # one row per step
     provenance: dict[str, str]
@@ -350,7 +393,11 @@ def _initial_network(stage: Any) -> nn.Module:
     with seeded(stage.seed): return build_network(stage.network)
 
 def vgg_of(stage: Any) -> Vgg: # a stage, or a `Setup`
-    "The VGG behind terms n and o."
+    """The VGG behind terms n and o.
+
+    Returns:
+        a stage, or a `Setup`
+    """
     return load_vgg(stage.vgg.file if isinstance(stage.vgg, Weights) else stage.vgg)
 
 def _initial(stage: Any) -> str:
@@ -374,7 +421,14 @@ def _search(stage: "Search") -> Searched:
 
 # %% ../../nbs/lib/29_stages.ipynb #10741e07
 class Search(BaseModel):
-    "Search the loss for a task on the training and validation split."
+    """Search the loss for a task on the training and validation split.
+
+    Fields:
+        detector: one of the two says what the images are for
+        network: a method, whose network is trained by the search
+        start: of the task network
+        fusion_start: of the fusion network; None: random initialisation
+    """
     model_config = ConfigDict(extra="forbid")
     kind: Literal["searched"] = "searched"
     data: Data
@@ -405,7 +459,11 @@ class Search(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #51d3902e
 class Weighted(BaseModel):
-    "A loss with given weights."
+    """A loss with given weights.
+
+    Fields:
+        beta: in the order of TERMS
+    """
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["weighted"] = "weighted"
     # in the order of TERMS
@@ -420,7 +478,13 @@ class Weighted(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #fa1b18fe
 class Published(BaseModel):
-    "A method's own loss, optimiser and stages."
+    """A method's own loss, optimiser and stages.
+
+    Fields:
+        epochs: of each stage; None: the published number
+        batch_size: likewise
+        crop: likewise: side of the squares, in pixels
+    """
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["published"] = "published"
     epochs: int | None = Field(None, ge=1)      # of each stage; None: the published number
@@ -440,7 +504,11 @@ class Published(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #024e83e2
 class Trained(NamedTuple):
-    "A trained fusion network."
+    """A trained fusion network.
+
+    Fields:
+        losses: one per step
+    """
     state: dict[str, Tensor]
     losses: list[float]         # one per step
     provenance: dict[str, str]
@@ -474,7 +542,11 @@ class _FusionTraining(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #fb6967c6
 class TrainFusion(_FusionTraining):
-    "Train a fusion network with searched or given weights, or as its authors did."
+    """Train a fusion network with searched or given weights, or as its authors did.
+
+    Fields:
+        settings: None with a published loss, which has its own
+    """
     kind: Literal["trained"] = "trained"
     data: Data | BlockData = Field(discriminator="kind")
     loss: Search | Weighted | Published = Field(discriminator="kind")
@@ -516,7 +588,14 @@ def _recipe(stage: TrainFusion) -> tuple[Recipe | tuple[Recipe, ...], dict[str, 
 
 # %% ../../nbs/lib/29_stages.ipynb #5ebe90ce
 class TrainJoint(_FusionTraining):
-    "Train a fusion network together with a task network."
+    """Train a fusion network together with a task network.
+
+    Fields:
+        lr_task: Adam
+        weight: of the task loss
+        detector: one of the two
+        start: of the task network
+    """
     kind: Literal["joint"] = "joint"
     data: Data
     loss: Search | Weighted = Field(discriminator="kind")
@@ -544,7 +623,11 @@ class TrainJoint(_FusionTraining):
 
 # %% ../../nbs/lib/29_stages.ipynb #3579a9cf
 class Method(BaseModel):
-    "A source (ir, vi, mean), or a fusion method with its own weights."
+    """A source (ir, vi, mean), or a fusion method with its own weights.
+
+    Fields:
+        weights: a file; "" for those that come with the package
+    """
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["method"] = "method"
     method: str
@@ -579,7 +662,13 @@ def has_pictures(fused_root: str | Path, method: str) -> bool:
     return bool(str(fused_root)) and (Path(fused_root)/method).is_dir()
 
 class Results(BaseModel):
-    "Pictures that were fused elsewhere."
+    """Pictures that were fused elsewhere.
+
+    Fields:
+        method: the name of the folder
+        root: the folder of all methods
+        files: fingerprint; computed
+    """
     model_config = ConfigDict(extra="forbid", frozen=True)
     _exclude_from_cls_uid: ClassVar = ("root",)
     kind: Literal["results"] = "results"
@@ -732,13 +821,22 @@ def _write_forms(folder: Path, data: Data, split: Literal["train", "test"], form
 
 # %% ../../nbs/lib/29_stages.ipynb #42e44624
 class Judged(NamedTuple):
-    "What a frozen judge found."
+    """What a frozen judge found.
+
+    Fields:
+        matched: by FORM-STEM, see `matched_boxes`
+    """
     matched: dict[str, Any]  # by FORM-STEM, see `matched_boxes`
     provenance: str
     seconds: float
 
 class JudgeForms(BaseModel):
-    "Fine-tune one detector on all forms of the training scenes, freeze it, and score each form of the test scenes."
+    """Fine-tune one detector on all forms of the training scenes, freeze it, and score each form of the test scenes.
+
+    Fields:
+        data: its split file names the blocks
+        start: of the judge
+    """
     model_config = ConfigDict(extra="forbid")
     data: Data                                       # its split file names the blocks
     forms: tuple[_Form, ...]

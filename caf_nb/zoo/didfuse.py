@@ -28,7 +28,12 @@ def _layer(inputs: int, outputs: int, act: nn.Module, padding: Literal["zeros", 
                                      norm=nn.BatchNorm2d(outputs), act=act))
 
 class Features(NamedTuple):
-    "What the encoder makes of an image; each part is (B,64,H,W)."
+    """What the encoder makes of an image; each part is (B,64,H,W).
+
+    Fields:
+        base: in (-1,1)
+        detail: in (-1,1)
+    """
     first: Tensor
     second: Tensor
     base: Tensor   # in (-1,1)
@@ -105,12 +110,24 @@ _OFFICIAL = {f"{ours}.{part}": f"{theirs}.{start + i}" for ours, (theirs, start)
 def to_official(state: Mapping[str, Tensor], # a state of DIDFuse
 # the same tensors, `encoder.` or `decoder.` before the names of the two official files
 ) -> dict[str, Tensor]:
-    "Our names to the official ones."
+    """Our names to the official ones.
+
+    Args:
+        state: a state of DIDFuse
+    Returns:
+        the same tensors, `encoder.` or `decoder.` before the names of the two official files
+    """
     return renamed(state, _OFFICIAL)
 
 def from_official(state: Mapping[str, Tensor], # official names below `encoder.` and `decoder.`
 ) -> dict[str, Tensor]:                        # the same tensors under the names of DIDFuse
-    "Official names to ours."
+    """Official names to ours.
+
+    Args:
+        state: official names below `encoder.` and `decoder.`
+    Returns:
+        the same tensors under the names of DIDFuse
+    """
     return renamed(state, {theirs: ours for ours, theirs in _OFFICIAL.items()})
 
 # %% ../../nbs/zoo/didfuse.ipynb #d4e9ca6e
