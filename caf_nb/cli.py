@@ -61,6 +61,10 @@ def _errors_as_text(program: str, # its name, before every sentence
         except CafError as error:
             _say(program, error)
             raise typer.Exit(2 if isinstance(error, UnknownName) else 1) from None
+        except OSError as error: # such as a name that no file can have
+            if error.filename is None: raise
+            _say(program, CafError(f"cannot be used ({error.strerror})", error.filename, "Check the path"))
+            raise typer.Exit(1) from None
 
 # %% ../nbs/lib/43_cli.ipynb #10d1a8ac
 def _answer(as_json: bool, found: dict[str, Any], sentences: str) -> None:

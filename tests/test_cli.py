@@ -300,6 +300,7 @@ def renamed(folder):
     ("out", lambda f: Path("/proc/caf_nb"), "/proc/caf_nb: the output folder cannot be written"),
     ("out", lambda f: Path("/sys"), "/sys: the output folder cannot be written"),
     ("weights", lambda f: f / "absent.pth", "absent.pth: there is no such file"),
+    *((option, lambda f: Path("a" * 300), "cannot be used (File name too long). Check the path.") for option in ("ir", "vi", "weights")),
     ("weights", lambda f: f / "ir", "ir: there is no such file"),
     ("weights", lambda f: text(f, "text.pth"), "text.pth: is no checkpoint"),
     ("weights", lambda f: text(f, "text.safetensors"), "text.safetensors: is no checkpoint"),
