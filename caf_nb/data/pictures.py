@@ -679,7 +679,7 @@ def pair_shift(pairs: Iterable[tuple[Tensor, Tensor]], # ir (1,H,W) and vi (1,H,
     told = agree and np.median(near[:, 2]) > 0.05 and np.median(near[:, 3]) > _SURE
     return (round(float(middle[0])), round(float(middle[1]))) if told else None
 
-_SURE = 6 # of `_shift`; the median of four pairs of noise stays below 5.1 (420 folders of 32x48 to 96x128 pixels)
+_SURE = 6 # of `_shift`; the median of four pairs of noise stays below 5.1 (630 folders of 32x48 to 96x128 pixels)
 
 # %% ../../nbs/lib/04_pictures.ipynb #c3c4a484
 _CLASS_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
