@@ -31,7 +31,8 @@ from .tables import output_folder
 _AFTER: dict[str, tuple[str, ...]] = {
     "overview": ("table3",), "table1": (), "table2": ("table1",), "table3": ("table2",), "figure1": (),
     "figure2": ("table1",), "figure3": ("table2",), "figure4": (), "figure5": ("table2",), "figure6": ("table3",),
-    "figure7": ("figure6",), "claims": ("table3", "figure5", "figure6", "discrepancies"), "discrepancies": ("table1",)}
+    "figure7": ("figure6",), "real": ("figure7",), "discrepancies": ("table1",),
+    "claims": ("table3", "figure5", "figure6", "discrepancies")}
 _AFTER["benchmark"] = tuple(_AFTER)
 
 def _paper_notebooks(folder: str | Path) -> dict[str, Path]: # by name
