@@ -33,6 +33,7 @@ test: skipped := |own_data|own_task
 test test-all: install sync
 	$(MAKE) --no-print-directory -j 2 types cells SKIPPED='$(skipped)'
 	pytest -n 2 --dist loadfile $(picked)
+	@echo "Not run: make test-slurm. It installs Debian's slurm-wlm and munge as root, starts them, and takes four minutes more."
 
 # Table 1 on a Slurm of this machine, with a cancelled job and a daemon that dies; says why where Slurm cannot be installed.
 test-slurm: install
