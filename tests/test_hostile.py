@@ -189,7 +189,7 @@ def test_a_call_in_a_segmenter_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"method": "nobody"}', '{"method": ["caf"]}', '{"method": "caf", "rule": 3}', "[" * 100_000, '{"method": "didfuse"}', "nan", "cut", "pipe"])
 def test_a_folder_of_the_hub(tmp_path, content):
-    """Taken out: `FusionModel.from_pretrained`. Then exceptions of json, safetensors and the hub came through, those of CAF as a DIDFuse of random weights,
+    """Taken out: `FusionModel.from_pretrained`. Then exceptions of json, safetensors and the hub came through, weights of CAF became a DIDFuse with random ones,
     and safetensors waited for a pipe."""
     pytest.importorskip("huggingface_hub")
     from caf_nb.zoo.export import FusionModel, save_model
