@@ -198,12 +198,7 @@ def _tensor(view: _Slice, flat: Tensor) -> Tensor:
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # PyTorch's magic number, pickled
 
 class Checkpoint(NamedTuple):
-    """What comes out of a checkpoint, under dotted names; containers and modules become prefixes.
-
-    Fields:
-        tensors: on the CPU
-        texts: such as the names of classes
-    """
+    "What comes out of a checkpoint, under dotted names; containers and modules become prefixes."
     tensors: dict[str, Tensor] # on the CPU
     texts: dict[str, str]      # such as the names of classes
 
@@ -214,12 +209,7 @@ def read_checkpoint(path: str | Path,
                     classes: Sequence[str] = (),
 ) -> Checkpoint:
     """All tensors and texts of a checkpoint, and nothing else of it. Raises `CafError` on anything that is not plain
-    data, and on damage.
-
-    Args:
-        path: PyTorch checkpoint (zip or legacy; state dict or pickled module) or safetensors
-        classes: what a pickle may name beside torch.nn: classes ("models.Ours"), or all of a package ("models.")
-    """
+    data, and on damage."""
     path = Path(path)
     if not path.is_file(): raise CafError("there is no such file", path, "Check the path of the weights")
     try:
@@ -276,13 +266,7 @@ def load_plain(file: str | Path,                # of `torch.save`, zip
                where: str | torch.device = "cpu",
 ) -> Any:                                       # numbers, texts, tensors, and containers of them
     """Read a state without executing anything from it. Raises `ValueError`, or what `torch.load` raises, on anything
-    else.
-
-    Args:
-        file: of `torch.save`, zip
-    Returns:
-        numbers, texts, tensors, and containers of them
-    """
+    else."""
     try: state = torch.load(file, map_location=where, weights_only=True)
     # their message tells how to run it
     except pickle.UnpicklingError: raise ValueError("holds more than plain data") from None
@@ -293,14 +277,7 @@ def load_plain(file: str | Path,                # of `torch.save`, zip
 def renamed(state: Mapping[str, Tensor], # dotted names; the part behind the last dot is the tensor of a module
             names: Mapping[str, str],    # module to module
 ) -> dict[str, Tensor]:                  # the same tensors in the same order
-    """`state` with the module part of each name looked up in `names`; unknown names stay.
-
-    Args:
-        state: dotted names; the part behind the last dot is the tensor of a module
-        names: module to module
-    Returns:
-        the same tensors in the same order
-    """
+    "`state` with the module part of each name looked up in `names`; unknown names stay."
     parts = [name.rpartition(".") for name in state]
     return {names.get(module, module) + dot + part: tensor
             for (module, dot, part), tensor in zip(parts, state.values(), strict=True)}
@@ -309,13 +286,7 @@ def renamed(state: Mapping[str, Tensor], # dotted names; the part behind the las
 def finite(tensors: Mapping[str, Tensor],
            file: str | Path | None,       # for the message
 ) -> Mapping[str, Tensor]:                # the same
-    """Raises `CafError` if a value is nan or infinite.
-
-    Args:
-        file: for the message
-    Returns:
-        the same
-    """
+    "Raises `CafError` if a value is nan or infinite."
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if not bad: return tensors
     raise CafError(f"holds weights that are not finite, such as {bad[0]}", file, "Get another copy, or train again")
@@ -326,15 +297,7 @@ def load_tensors(net: nn.Module,               # any network; changed only if ev
                  file: str | Path | None = None, # for the message
 ) -> nn.Module:                                # `net`
     """Copy `tensors` into `net`. Raises one `CafError` that lists missing, unexpected and mis-shaped tensors, or those
-    with values that are not finite.
-
-    Args:
-        net: any network; changed only if everything fits
-        tensors: under the names of `net`
-        file: for the message
-    Returns:
-        `net`
-    """
+    with values that are not finite."""
     own = net.state_dict()
     wrong = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(),
              "of another shape": {name for name in own.keys() & tensors.keys()
@@ -351,14 +314,7 @@ def load_tensors(net: nn.Module,               # any network; changed only if ev
 def checksums(path: Path, # a file, or a folder
               root: Path, # of the names
 ) -> dict[str, str]:      # by name, of each file
-    """The SHA-256 of files.
-
-    Args:
-        path: a file, or a folder
-        root: of the names
-    Returns:
-        by name, of each file
-    """
+    "The SHA-256 of files."
     def digest(file: Path) -> str:
         with file.open("rb") as opened: return hashlib.file_digest(opened, "sha256").hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -367,13 +323,7 @@ def checksums(path: Path, # a file, or a folder
 @cache
 def verified(path: Path, # comes with a .json that holds its checksums
 ) -> Path:               # the same
-    """Raises `CafError` if a file of the package is damaged. What is not there is not checked.
-
-    Args:
-        path: comes with a .json that holds its checksums
-    Returns:
-        the same
-    """
+    "Raises `CafError` if a file of the package is damaged. What is not there is not checked."
     if not path.exists(): return path
     try: known = json.loads(path.with_suffix(".json").read_text())["sha256"]
     except (OSError, ValueError, LookupError, TypeError): known = None
@@ -394,11 +344,7 @@ _PUBLISHED = { # the first 16 digits of the SHA-256 of published files
 
 def identify(path: Path, # a file, or a folder
 ) -> str:
-    """The name of a file, and what it is: by its SHA-256 if it is a known published file, else the SHA-256.
-
-    Args:
-        path: a file, or a folder
-    """
+    "The name of a file, and what it is: by its SHA-256 if it is a known published file, else the SHA-256."
     sums = checksums(path, path.parent)
     digest = sums.get(path.name) or hashlib.sha256(repr(sums).encode()).hexdigest()
     return f"{path.name} ({_PUBLISHED.get(digest[:16], f'SHA-256 {digest[:12]}')})"

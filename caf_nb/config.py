@@ -26,17 +26,7 @@ class _Settings(BaseModel):
         return {name: value for name, value in shown.items() if (name, value) not in self._before.items()}
 
 class DataSettings(_Settings):
-    """Source, number and size of the scenes.
-
-    Fields:
-        source: synthetic scenes of `caf_nb.synth`, or archives in `data_root`
-        size: side of the square training images, in pixels
-        train: scenes per split; 0: all of the published set
-        task_size: side of the detector's images during fine-tuning; None: `size`
-        blocks: of M3FD, TNO, RoadScene to train the fusion network; 0: use `train`
-        block_size: side of a block; the paper gives none
-        split: of a set without parts; random: image by image, as printed
-    """
+    "Source, number and size of the scenes."
     source: Literal["embedded", "published"]  # synthetic scenes of `caf_nb.synth`, or archives in `data_root`
     size: int                                 # side of the square training images, in pixels
     train: int = 0                            # scenes per split; 0: all of the published set
@@ -49,28 +39,7 @@ class DataSettings(_Settings):
 
 # %% ../nbs/lib/01_config.ipynb #fab20015
 class SearchSettings(_Settings):
-    """Algorithm 1.
-
-    Fields:
-        epochs: paper: 10
-        batch_size: paper: 8
-        val_batch_size: scenes per hypergradient; None: batch_size
-        lr_alpha: Adam, paper section 4.1
-        lr_fusion: Adam; also the eta of the unrolled step
-        lr_task: Adam; the paper gives none
-        order: beta_first: before omega_f moves, as in DARTS
-        decay: of a learning rate, paper section 4.1
-        decay_of: whose rate; all: those of omega_t and omega_f as well
-        decay_every: step: each update of beta; the paper says neither
-        warmup_task: first updates of omega_t alone; paper: COCO weights instead
-        kind: of the hypergradient
-        r: kind finite_difference only: its radius; the released code's is 0.01
-        neumann_terms: kind neumann only
-        steps_per_beta: updates of omega_t and omega_f per update of beta
-        scale_free: Adam sees the direction of the hypergradient, not its norm
-        max_norm: clips the gradient norm of the updates of omega_t and omega_f
-        tolerance: converged if no weight moves further in an epoch; 0: run all epochs
-    """
+    "Algorithm 1."
     epochs: int = Field(ge=1)                # paper: 10
     batch_size: int = Field(ge=1)            # paper: 8
     val_batch_size: int | None = Field(None, ge=1) # scenes per hypergradient; None: batch_size
@@ -101,16 +70,7 @@ class SearchSettings(_Settings):
 
 # %% ../nbs/lib/01_config.ipynb #650e4ea6
 class FusionSettings(_Settings):
-    """Training omega_f with beta fixed.
-
-    Fields:
-        lr: Adam
-        crop: side of the random square cut from each scene, in pixels; None: whole scenes
-        accumulate: micro-batches per batch, if a whole batch does not fit into memory
-        patience: epochs without a lower mean loss before it stops; 0: never
-        half: with beta fixed: the network in half precision, on a device that has one
-        workers: processes that read scenes ahead
-    """
+    "Training omega_f with beta fixed."
     epochs: int
     batch_size: int
     lr: float = Field(1e-4, gt=0)        # Adam
@@ -123,17 +83,7 @@ class FusionSettings(_Settings):
 
 # %% ../nbs/lib/01_config.ipynb #1de69fa1
 class DetectorSettings(_Settings):
-    """Fine-tuning the detector on fused images.
-
-    Fields:
-        model: name of an ultralytics configuration
-        nominal_batch: images per optimiser step; YOLOv5's recipe: 64
-        pretrained: start from COCO weights
-        anchors: the original YOLOv5 with its anchors and loss; needs the distribution `yolov5`
-        patience: epochs without a better validation score before it stops; 0: never
-        recipe: that of YOLOv5, as in the paper; auto: what ultralytics chooses
-        workers: processes that load images; each draws its own augmentation
-    """
+    "Fine-tuning the detector on fused images."
     model: str                     # name of an ultralytics configuration
     epochs: int
     batch_size: int
@@ -146,21 +96,7 @@ class DetectorSettings(_Settings):
     _before = {"recipe": "auto"}
 
 class SegmenterSettings(_Settings):
-    """Fine-tuning the segmenter on fused images.
-
-    Fields:
-        model: "tiny", "b0" or "b1"
-        steps: paper: 4,000; SegFormer: 160,000
-        lr: AdamW
-        recipe: of images: scale, crop, flip, colours of each; or a flip per batch
-        warmup: steps of a rising learning rate; SegFormer: 1,500
-        crop: recipe segformer: side of its squares, in pixels; None: as the images are
-        pretrained: start from ImageNet weights
-        accumulate: micro-batches per batch, if a whole batch does not fit into memory
-        patience: epochs without a lower mean loss before it stops; 0: never
-        half: half precision, on a device that has one
-        workers: processes that read images ahead
-    """
+    "Fine-tuning the segmenter on fused images."
     model: str                       # "tiny", "b0" or "b1"
     steps: int                       # paper: 4,000; SegFormer: 160,000
     batch_size: int
@@ -177,34 +113,14 @@ class SegmenterSettings(_Settings):
 
 # %% ../nbs/lib/01_config.ipynb #a55fd297
 class PretrainSettings(_Settings):
-    """Pretraining of the task networks on synthetic scenes that no other stage uses, in place of COCO and ImageNet.
-
-    Fields:
-        epochs: of the detector
-        steps: of the segmenter
-    """
+    "Pretraining of the task networks on synthetic scenes that no other stage uses, in place of COCO and ImageNet."
     data: DataSettings
     epochs: int # of the detector
     steps: int  # of the segmenter
 
 # %% ../nbs/lib/01_config.ipynb #0185b2a7
 class Profile(_Settings):
-    """Everything that differs between a first look and the paper's run.
-
-    Fields:
-        note: how a number of this profile is to be read
-        vgg: behind terms n and o, see `load_vgg`; paper: VGG-16
-        pretraining: None: task networks start from published or random weights
-        fusion_scenes: without blocks: of a row's task; "loss": of its search, else m3fd
-        bundled: whether networks continue from the checkpoints of the package
-        seeds: of a study of claims
-        methods: rows of Tables 1 and 2, and of Figures 2 and 3
-        ablation: rows of Table 3
-        trained: methods trained here with their own loss if they have no weights
-        claims: names of those that are compared; (): all
-        confidence: of the boxes that Figure 2 draws
-        home: output folder: results/ is committed, out/ is not
-    """
+    "Everything that differs between a first look and the paper's run."
     name: str
     note: str                           # how a number of this profile is to be read
     data: DataSettings

@@ -27,23 +27,13 @@ from tqdm import TqdmWarning
 
 # %% ../nbs/lib/00_core.ipynb #56afa99e
 def printable(text: object, most: int = 399) -> str: # at most so many characters
-    """One line that a terminal can show: what is not printable is escaped, and the middle is cut out where it is long.
-
-    Returns:
-        at most so many characters
-    """
+    "One line that a terminal can show: what is not printable is escaped, and the middle is cut out where it is long."
     def cut(line: str) -> str:
         return line if len(line) <= most else f"{line[:most // 3]}...{line[len(line) - most + most // 3 + 3:]}"
     return cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut(str(text))))
 
 class CafError(Exception):
-    """What went wrong (`cause`), in which `file`, and what to do about it (`remedy`), in fewer than 400 characters.
-
-    Args:
-        cause: one sentence without a full stop
-        file: the file or folder concerned
-        remedy: one sentence, imperative
-    """
+    "What went wrong (`cause`), in which `file`, and what to do about it (`remedy`), in fewer than 400 characters."
 
     def __init__(self,
                  cause: str,                     # one sentence without a full stop
@@ -62,12 +52,7 @@ class UnknownName(CafError): "A name that nothing here has; a command ends with 
 def optional(module: str, # e.g. "transformers"
              extra: str,  # extra of this package that installs it: "tasks" or "train"
 ) -> ModuleType:
-    """Import an optional library. Raises `CafError` if it, or one that it needs, is not installed.
-
-    Args:
-        module: e.g. "transformers"
-        extra: extra of this package that installs it: "tasks" or "train"
-    """
+    "Import an optional library. Raises `CafError` if it, or one that it needs, is not installed."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TqdmWarning)  # about missing notebook widgets
@@ -78,11 +63,7 @@ def optional(module: str, # e.g. "transformers"
 # %% ../nbs/lib/00_core.ipynb #2c67433c
 def seed_everything(seed: int, # non-negative
 ) -> None:
-    """Seed the generators of Python, NumPy and PyTorch (CPU and every CUDA device).
-
-    Args:
-        seed: non-negative
-    """
+    "Seed the generators of Python, NumPy and PyTorch (CPU and every CUDA device)."
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -91,11 +72,7 @@ def seed_everything(seed: int, # non-negative
 @contextmanager
 def seeded(seed: int, # non-negative
 ) -> Iterator[None]:
-    """Seed PyTorch's generators inside the block and restore their state afterwards.
-
-    Args:
-        seed: non-negative
-    """
+    "Seed PyTorch's generators inside the block and restore their state afterwards."
     cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(seed)
@@ -103,11 +80,7 @@ def seeded(seed: int, # non-negative
 
 # %% ../nbs/lib/00_core.ipynb #36569074
 def part_of(path: Path) -> Path: # beside `path`
-    """Where this process writes what becomes `path`.
-
-    Returns:
-        beside `path`
-    """
+    "Where this process writes what becomes `path`."
     mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]  # a name may be as long as the file system allows
     return path.with_name(f".{mark}@{platform.node()}@{os.getpid()}.part")
 
@@ -129,13 +102,7 @@ def remove_dead_parts(path: Path) -> None:
 def replacing(path: str | Path, # destination
 ) -> Iterator[Path]:            # temporary path to write to
     """Write a file atomically: `path` is replaced when the block ends, and unchanged after an error.
-    Raises `CafError` if it cannot be written.
-
-    Args:
-        path: destination
-    Returns:
-        temporary path to write to
-    """
+    Raises `CafError` if it cannot be written."""
     path = Path(path)
     part = part_of(path)
     try:
@@ -152,11 +119,7 @@ def replacing(path: str | Path, # destination
 # %% ../nbs/lib/00_core.ipynb #a333854e
 def device(name: str | torch.device = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
-    """The PyTorch device called `name`. Raises `CafError` if it is unknown or not available.
-
-    Args:
-        name: "auto", "cpu", "cuda", "cuda:1", "mps"
-    """
+    "The PyTorch device called `name`. Raises `CafError` if it is unknown or not available."
     if str(name) == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -84,25 +84,13 @@ _OFFICIAL = {
 
 def to_official(state: Mapping[str, Tensor], # a state of FusionNet
 ) -> dict[str, Tensor]:                      # the same tensors under the names of the released network
-    """Our names to the official ones.
-
-    Args:
-        state: a state of FusionNet
-    Returns:
-        the same tensors under the names of the released network
-    """
+    "Our names to the official ones."
     return renamed(state, _OFFICIAL)
 
 # %% ../nbs/lib/18_fusion.ipynb #0744332a
 def from_official(state: Mapping[str, Tensor], # official names, perhaps below a prefix such as `fuse.` or `module.`
 ) -> dict[str, Tensor]:                        # the same tensors under the names of FusionNet
-    """Official names to ours.
-
-    Args:
-        state: official names, perhaps below a prefix such as `fuse.` or `module.`
-    Returns:
-        the same tensors under the names of FusionNet
-    """
+    "Official names to ours."
     prefixes = [name[:-len("encoder1.0.weight")] for name in state if name.endswith("encoder1.0.weight")]
     start = prefixes[0] if len(prefixes) == 1 else ""
     inside = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
@@ -113,13 +101,7 @@ def save_fusion(path: str | Path,                # FILE.safetensors
                 net: nn.Module,                  # its whole state is kept
                 config: BaseModel | Mapping[str, Any], # how it was made; JSON values
 ) -> None:
-    """Write FILE.safetensors and FILE.json. Raises `CafError` if that is not possible.
-
-    Args:
-        path: FILE.safetensors
-        net: its whole state is kept
-        config: how it was made; JSON values
-    """
+    "Write FILE.safetensors and FILE.json. Raises `CafError` if that is not possible."
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CafError("checkpoints end in .safetensors", path, "Change the name of the file")
@@ -153,11 +135,7 @@ VISIBLE = Method(partial(Source, "vi"), "visible image", read=None)
 MEAN = Method(partial(Source, "mean"), "mean of both", read=None)
 
 def bundled(name: str) -> Path: # such as "caf.safetensors"
-    """Where a checkpoint that comes with the package would be.
-
-    Returns:
-        such as "caf.safetensors"
-    """
+    "Where a checkpoint that comes with the package would be."
     return verified(Path(str(resources.files("caf_nb")))/"weights"/name)
 
 # %% ../nbs/lib/18_fusion.ipynb #b8d032a5
@@ -191,16 +169,7 @@ def load_fusion(method: str,
                 **options: Any,                         # of the method's network, such as its fusion rule
 ) -> nn.Module:                                         # in eval mode
     """A fusion method, ready for `fuse`. Raises `CafError` on an unknown name or option, and on weights that are absent
-    or do not fit.
-
-    Args:
-        method: a name in `caf_nb.zoo.METHODS`: "caf", "ir", "vi", "tardal", ...
-        weights: ours (.safetensors) or its authors' file; None: those that come with the package
-        device: as for `caf_nb.core.device`
-        options: of the method's network, such as its fusion rule
-    Returns:
-        in eval mode
-    """
+    or do not fit."""
     method, entry, target = method.lower(), find_method(method), find_device(device)
     net = build_network(method, **options)
     if entry.read is None and weights is not None:
@@ -222,14 +191,7 @@ def load_fusion(method: str,
 def find_weights(root: str | Path, # folder with the weights of many methods; "" for none
                  method: str,      # a name in `caf_nb.zoo.METHODS`
 ) -> Path | None:                  # None: there are none
-    """The weights of a method: ROOT/METHOD/its published file, else ROOT/METHOD.safetensors, else those of the package.
-
-    Args:
-        root: folder with the weights of many methods; "" for none
-        method: a name in `caf_nb.zoo.METHODS`
-    Returns:
-        None: there are none
-    """
+    "The weights of a method: ROOT/METHOD/its published file, else ROOT/METHOD.safetensors, else those of the package."
     method, published = method.lower(), find_method(method).weights
     own = [Path(root)/method/published] if str(root) and published else []
     own += [Path(root)/f"{method}.safetensors"] if str(root) else []
@@ -343,15 +305,7 @@ def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
          max_pixels: int | None = None, # of the largest file; None: 25,000,000, or CAF_NB_MAX_PIXELS
 ):                       # as `vi` is: kind, pixel type and device; a PIL image for a path
     """Fuse a pair or a batch, without gradients. Raises `CafError` on input (or a network) that cannot give a fused
-    picture.
-
-    Args:
-        net: forward(ir, vi) -> (B,1,H,W)
-        ir: path, PIL image, array (H,W) or (H,W,3), tensor (H,W), (C,H,W) or (B,C,H,W); 8 or 16 bits or float in [0,1]
-        vi: likewise, aligned with `ir`
-        color: put the chroma of `vi` back, where it has three channels
-        max_pixels: of the largest file; None: 25,000,000, or CAF_NB_MAX_PIXELS
-    """
+    picture."""
     (ir_image, _), (vi_image, dtype) = _as_tensor(ir, "ir", max_pixels), _as_tensor(vi, "vi", max_pixels)
     ir_gray, vi_gray = luma(ir_image), luma(vi_image)
     if ir_gray.shape != vi_gray.shape:
@@ -368,11 +322,7 @@ def fuse(net: nn.Module, # forward(ir, vi) -> (B,1,H,W)
 # %% ../nbs/lib/18_fusion.ipynb #c46a5c27
 def folded(net: nn.Module, # in evaluation; stays as it is
 ) -> nn.Module:
-    """A copy for inference: batch normalisations folded into the convolutions before them, channels last, no gradients.
-
-    Args:
-        net: in evaluation; stays as it is
-    """
+    "A copy for inference: batch normalisations folded into the convolutions before them, channels last, no gradients."
     net = deepcopy(net).eval().requires_grad_(False)
     for row in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for (conv_name, conv), (name, norm) in pairwise(list(row.named_children())):
@@ -419,15 +369,7 @@ def build_engine(net: nn.Module,           # of `load_fusion`
                  engine: str = "torch",    # torch, onnx (on a CPU) or compile
                  precision: str = "float", # bf16 and fp16 are faster on CUDA, and not exact
 ) -> nn.Module:                            # for `fuse` and `fuse_folder`
-    """The network in an engine. Raises `CafError` on an unknown one, or one that is not installed.
-
-    Args:
-        net: of `load_fusion`
-        engine: torch, onnx (on a CPU) or compile
-        precision: bf16 and fp16 are faster on CUDA, and not exact
-    Returns:
-        for `fuse` and `fuse_folder`
-    """
+    "The network in an engine. Raises `CafError` on an unknown one, or one that is not installed."
     for value, known in ((engine, _ENGINES[1:]), (precision, _PRECISIONS)):
         if value not in known: raise CafError(f"{value!r} is unknown", remedy=f"Choose one of {', '.join(known)}")
     flat, dtype = folded(net), _PRECISIONS[precision]
@@ -550,19 +492,7 @@ def _write_fused(path: Path, # STEM.png
 
 # %% ../nbs/lib/18_fusion.ipynb #6b7163de
 class FolderResult(NamedTuple):
-    """What `fuse_folder` did.
-
-    Fields:
-        done: files written
-        failures: one for each pair that could not be fused
-        unmatched: source files without a partner, left out
-        targets: where the result of each pair is or would be
-        skipped: results that were there already
-        seconds: wall time
-        engine: what computed, in words
-        frames: of a video
-        levels: infrared values that became 0 and 1; None: the whole scale
-    """
+    "What `fuse_folder` did."
     done: list[Path]         # files written
     failures: list[CafError] # one for each pair that could not be fused
     unmatched: list[Path]    # source files without a partner, left out
@@ -638,22 +568,7 @@ def fuse_folder(net: nn.Module,        # as for `fuse`; runs on its own device
                 ir_contrast: str = "none", # as for `raise_contrast`
 ) -> FolderResult:
     """Fuse every pair of two folders. Raises `CafError` before any work is done; a pair that fails later is among the
-    `failures`.
-
-    Args:
-        net: as for `fuse`; runs on its own device
-        ir: folder (or one file)
-        vi: folder (or one file); partners have the same stem
-        out: folder for the results, STEM.png, made if absent; or FILE.png for one pair
-        color: put the chroma of `vi` back, where it has any
-        progress: show a bar on stderr
-        overwrite: else pairs whose result is there are skipped
-        max_pixels: of the largest picture; None: 25,000,000, or CAF_NB_MAX_PIXELS
-        ir_range: of the infrared values: "full" scale, "percentile" of the folder, or the two that become 0 and 1
-        engine: auto, torch, onnx or compile, as for `_choose_engine`; "": `net` as it is
-        precision: likewise: or bf16, fp16
-        ir_contrast: as for `raise_contrast`
-    """
+    `failures`."""
     start, out = time.perf_counter(), Path(out)
     pairs, unmatched = _find_pairs(Path(ir), Path(vi))
     targets = _targets(out, pairs)
@@ -750,19 +665,7 @@ def fuse_video(net: nn.Module,        # as for `fuse`
                ir_contrast: str = "none",
                rate: float = 25,      # frames a second, of folders
 ) -> FolderResult:
-    """Fuse two videos, or two folders of frames, to one video. Raises `CafError` if that is not possible.
-
-    Args:
-        net: as for `fuse`
-        ir: video or folder of frames
-        vi: likewise
-        out: .mp4, .mov, or .mkv (without loss)
-        color: put the chroma of `vi` back, where it has any
-        progress: show a bar on stderr
-        overwrite: else a result that is there stays
-        max_pixels: of a frame, as for `fuse_folder`; the next four likewise
-        rate: frames a second, of folders
-    """
+    "Fuse two videos, or two folders of frames, to one video. Raises `CafError` if that is not possible."
     start, ir, vi, out = time.perf_counter(), Path(ir), Path(vi), Path(out)
     _check_video(out, (ir, vi))
     if out.exists() and not overwrite: return FolderResult([], [], [], {}, [out], time.perf_counter() - start, "none")
@@ -787,13 +690,7 @@ def contact_sheet(file: Path,                               # FILE.png
                   columns: Mapping[str, Sequence[str | Path]], # title -> pictures, as many in each
                   side: int = 224,                          # longer side of a picture, in pixels
 ) -> None:
-    """Write pictures side by side, a row for each pair. Raises `CafError` if that is not possible.
-
-    Args:
-        file: FILE.png
-        columns: title -> pictures, as many in each
-        side: longer side of a picture, in pixels
-    """
+    "Write pictures side by side, a row for each pair. Raises `CafError` if that is not possible."
     def small(picture: str | Path) -> Image.Image: return ImageOps.contain(marked(read_image(picture)), (side, side))
     rows = [[small(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
     heights = [max(picture.height for picture in row) + 4 for row in rows]

@@ -17,12 +17,7 @@ from .metrics import find_convention, find_metric, measure
 
 # %% ../nbs/lib/40_fusion_metrics.ipynb #1a48e10c
 class FusionMetric(Metric):
-    """The mean of one metric over all pictures; a higher value is better. Raises `CafError` on an unknown name.
-
-    Args:
-        convention: a name in `CONVENTIONS`
-        kwargs: of torchmetrics' `Metric`
-    """
+    "The mean of one metric over all pictures; a higher value is better. Raises `CafError` on an unknown name."
     higher_is_better, is_differentiable, full_state_update = True, False, False
     total: Tensor
     pictures: Tensor

@@ -36,13 +36,7 @@ def write_state(file: Path,             # replaced as a whole
                 about: dict[str, str],  # the account of the training
                 **parts: Any,           # tensors, numbers, and lists, tuples and dictionaries of them
 ) -> None:
-    """Write the state of a training. Raises `CafError` if there is no room, and leaves the old one.
-
-    Args:
-        file: replaced as a whole
-        about: the account of the training
-        parts: tensors, numbers, and lists, tuples and dictionaries of them
-    """
+    "Write the state of a training. Raises `CafError` if there is no room, and leaves the old one."
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_dead_parts(file)
     torch.save({"about": about} | parts, content := io.BytesIO())  # PyTorch's own writer would not name a full disk
@@ -63,14 +57,7 @@ _STATE_REMEDY = "Choose another folder, or delete the file to start anew"
 def read_state(file: Path | None,      # None: nothing is kept
                about: dict[str, str],  # of the training that asks
 ) -> dict[str, Any] | None:            # None: there is no state yet
-    """Read a state. Raises `CafError` if it is damaged or belongs to another training.
-
-    Args:
-        file: None: nothing is kept
-        about: of the training that asks
-    Returns:
-        None: there is no state yet
-    """
+    "Read a state. Raises `CafError` if it is damaged or belongs to another training."
     if file is None or not file.exists(): return None
     try:
         if not file.is_file(): raise ValueError("no regular file")
@@ -86,11 +73,7 @@ def read_state(file: Path | None,      # None: nothing is kept
 
 # %% ../nbs/lib/03_loop.ipynb #7ea4b41c
 def fingerprint(module: nn.Module) -> str: # sixteen letters and digits
-    """A hash of the layers and of every tensor of a module.
-
-    Returns:
-        sixteen letters and digits
-    """
+    "A hash of the layers and of every tensor of a module."
     found = hashlib.sha256(repr(module).encode())
     for name, tensor in module.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -133,11 +116,7 @@ def _load_loose_state(module: nn.Module, state: dict[str, Any]) -> None:
 
 # %% ../nbs/lib/03_loop.ipynb #f531437d
 class ModuleState:
-    """The whole state of a module, or the parameters of a task that is no module, as a part of a state file.
-
-    Args:
-        changed_only: leave out tensors that are as they are now
-    """
+    "The whole state of a module, or the parameters of a task that is no module, as a part of a state file."
 
     def __init__(self, module: Any,            # nn.Module, or anything with `parameters()`
                  changed_only: bool = False,   # leave out tensors that are as they are now
@@ -178,11 +157,7 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
 
 # %% ../nbs/lib/03_loop.ipynb #4851c5d9
 def generator_states(where: torch.device) -> list[Tensor]: # of the CPU, and of the card if `where` is one
-    """The states of PyTorch's generators.
-
-    Returns:
-        of the CPU, and of the card if `where` is one
-    """
+    "The states of PyTorch's generators."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(where)] if where.type == "cuda" else [])
 
 def set_generators(states: Sequence[Tensor], where: torch.device) -> None:
@@ -192,12 +167,7 @@ def set_generators(states: Sequence[Tensor], where: torch.device) -> None:
 
 # %% ../nbs/lib/03_loop.ipynb #91bb01ce
 class Order:
-    """Batches of positions without end, in a new random order each pass.
-
-    Args:
-        batch_size: the last batch of a pass may be smaller
-        workers: processes that `read` ahead in a pass
-    """
+    "Batches of positions without end, in a new random order each pass."
 
     def __init__(self, n: int,           # scenes
                  batch_size: int,        # the last batch of a pass may be smaller
@@ -243,11 +213,7 @@ def check_finite(value: Tensor, # scalar
                  name: str,
                  step: int,
 ) -> None:
-    """Raises `NotFinite` unless `value` is finite.
-
-    Args:
-        value: scalar
-    """
+    "Raises `NotFinite` unless `value` is finite."
     if value.isfinite(): return
     raise NotFinite(f"{name} is {value.item()} at step {step}",
                     remedy="Lower the learning rate, or look for broken images")
@@ -264,15 +230,7 @@ def backward(loss: Tensor,          # scalar
              step: int,             # for the error
              name: str = "the loss" # for the error
 ) -> Tensor:                        # norm of the gradient
-    """The gradient for all parameters of `optimizer`. Raises `NotFinite` if it or the loss is not finite.
-
-    Args:
-        loss: scalar
-        step: for the error
-        name: for the error
-    Returns:
-        norm of the gradient
-    """
+    "The gradient for all parameters of `optimizer`. Raises `NotFinite` if it or the loss is not finite."
     check_finite(loss.detach(), name, step)
     optimizer.zero_grad()
     loss.backward()
@@ -284,12 +242,7 @@ def move(optimizer: Optimizer,
          norm: Tensor,            # of the gradient
          max_norm: float | None,  # a longer gradient is scaled down to it; None: never
 ) -> None:
-    """The step of `optimizer`.
-
-    Args:
-        norm: of the gradient
-        max_norm: a longer gradient is scaled down to it; None: never
-    """
+    "The step of `optimizer`."
     if max_norm is not None: clip_grads_with_norm_(_trained(optimizer), max_norm, norm)
     optimizer.step()
 
@@ -300,27 +253,13 @@ def descend(loss: Tensor,                  # scalar
             name: str = "the loss",        # for the error
             max_norm: float | None = None, # a longer gradient is scaled down to it
 ) -> float:                                # the loss
-    """One step of `optimizer`. Raises `NotFinite` before the step if the loss or its gradient is not finite.
-
-    Args:
-        loss: scalar
-        step: for the error
-        name: for the error
-        max_norm: a longer gradient is scaled down to it
-    Returns:
-        the loss
-    """
+    "One step of `optimizer`. Raises `NotFinite` before the step if the loss or its gradient is not finite."
     move(optimizer, backward(loss, optimizer, step, name), max_norm)
     return loss.item()
 
 # %% ../nbs/lib/03_loop.ipynb #356d5693
 class Part(NamedTuple):
-    """Some scenes of a batch, computed together.
-
-    Fields:
-        chosen: (k,) positions in the batch
-        weight: their share of the batch
-    """
+    "Some scenes of a batch, computed together."
     chosen: Tensor # (k,) positions in the batch
     weight: float  # their share of the batch
 
@@ -345,22 +284,13 @@ def _accelerator() -> Any:
 
 # %% ../nbs/lib/03_loop.ipynb #a4918f3d
 def half_type(where: torch.device) -> torch.dtype | None: # None: float32
-    """The half precision of a device.
-
-    Returns:
-        None: float32
-    """
+    "The half precision of a device."
     if where.type != "cuda": return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 # %% ../nbs/lib/03_loop.ipynb #6ad113de
 class Engine:
-    """Processes and precision.
-
-    Args:
-        accumulate: parts in which a process computes its share of a batch
-        half: half precision where the device has one
-    """
+    "Processes and precision."
 
     def __init__(self, where: torch.device,  # where the network is; several processes take a device each instead
                  accumulate: int = 1,        # parts in which a process computes its share of a batch
@@ -405,16 +335,7 @@ def descend_in_parts(engine: Engine,
                      optimizer: Optimizer,
                      step: int,                         # for the error
 ) -> float:                                             # the loss of the whole batch
-    """One step of `optimizer`. Raises `NotFinite` before it if the loss or its gradient is not finite.
-
-    Args:
-        module: what `engine.prepare` gave
-        loss: positions in the batch -> their mean loss, through `module`
-        n: scenes in the batch
-        step: for the error
-    Returns:
-        the loss of the whole batch
-    """
+    "One step of `optimizer`. Raises `NotFinite` before it if the loss or its gradient is not finite."
     optimizer.zero_grad()
     total, parts = torch.zeros((), device=engine.where), _batch_parts(n, engine.accumulate, engine.processes,
                                                                      engine.rank)
@@ -434,36 +355,21 @@ def descend_in_parts(engine: Engine,
 def epoch_means(losses: Sequence[float], # one a step
                 steps: int,              # of an epoch
 ) -> list[float]:
-    """The mean loss of each epoch that is over.
-
-    Args:
-        losses: one a step
-        steps: of an epoch
-    """
+    "The mean loss of each epoch that is over."
     return [sum(losses[i:i + steps]) / steps for i in range(0, len(losses) - steps + 1, steps)]
 
 def stalled(losses: Sequence[float], # one a step so far
             steps: int,              # of an epoch
             patience: int,           # epochs; 0: never
 ) -> bool:
-    """Whether an epoch is over, and the last `patience` epochs were none better than the best one before.
-
-    Args:
-        losses: one a step so far
-        steps: of an epoch
-        patience: epochs; 0: never
-    """
+    "Whether an epoch is over, and the last `patience` epochs were none better than the best one before."
     if not patience or len(losses) % steps: return False
     means = epoch_means(losses, steps)
     return patience < len(means) and min(means[-patience:]) >= min(means[:-patience])
 
 # %% ../nbs/lib/03_loop.ipynb #f86c4305
 class Log:
-    """Scalars and image grids for TensorBoard; without a folder, nothing.
-
-    Args:
-        start: the step with which this run begins
-    """
+    "Scalars and image grids for TensorBoard; without a folder, nothing."
 
     def __init__(self, folder: str | Path | None,
                  start: int = 0,  # the step with which this run begins
@@ -491,13 +397,7 @@ class Log:
 
 # %% ../nbs/lib/03_loop.ipynb #d8cbdd1c
 class Training:
-    """A training under way. A subclass takes the steps and names the parts of the state.
-
-    Fields:
-        total: steps, unless something ends it earlier
-    Args:
-        engine: an Engine; None: one process in float32
-    """
+    "A training under way. A subclass takes the steps and names the parts of the state."
     total: int  # steps, unless something ends it earlier
     title = ""  # of the bar; default: `name`
 
@@ -525,11 +425,7 @@ class Training:
 def account(training: str, # its name
             **what: Any,
 ) -> dict[str, str]:
-    """What a state has to belong to, as text.
-
-    Args:
-        training: its name
-    """
+    "What a state has to belong to, as text."
     return {"training": training} | {name: str(value) for name, value in what.items()}
 
 def _save(training: Training, file: Path, about: dict[str, str], seconds: float) -> None:
@@ -555,12 +451,7 @@ def _resume(training: Training, file: Path | None, about: dict[str, str]) -> flo
 
 # %% ../nbs/lib/03_loop.ipynb #9bedd521
 class History(NamedTuple):
-    """The course of a training.
-
-    Fields:
-        losses: one a step, in order
-        seconds: of all its runs, if it was interrupted
-    """
+    "The course of a training."
     losses: list[float] # one a step, in order
     seconds: float      # of all its runs, if it was interrupted
 
@@ -570,14 +461,7 @@ def play(training: Training,
          progress: bool,                 # show a bar
          log: str | Path | None = None,  # folder for TensorBoard
 ) -> History:
-    """Resume a training or begin it, and take its steps to the end.
-
-    Args:
-        folder: where the state is kept (`name`.pt); None: nowhere
-        save_every: steps between two states
-        progress: show a bar
-        log: folder for TensorBoard
-    """
+    "Resume a training or begin it, and take its steps to the end."
     start, file = time.perf_counter(), None if folder is None else Path(folder)/f"{training.name}.pt"
     about = account(training.name, **training.about()) if file else {}
     start -= _resume(training, file, about)

@@ -48,14 +48,7 @@ Gray = Literal["opencv", "pillow"]
 def gray_image(image: Tensor,         # (...,C,H,W), C = 1 or 3, float in [0,1] or uint8
                gray: Gray = "opencv", # whose rounding
 ) -> Tensor:                          # (...,1,H,W), type of `image`; a gray image is returned as it is
-    """Luminance in whole gray levels, as the converter gives it. Raises `CafError` on another number of channels.
-
-    Args:
-        image: (...,C,H,W), C = 1 or 3, float in [0,1] or uint8
-        gray: whose rounding
-    Returns:
-        (...,1,H,W), type of `image`; a gray image is returned as it is
-    """
+    "Luminance in whole gray levels, as the converter gives it. Raises `CafError` on another number of channels."
     _one_of("gray", gray, tuple(_GRAY))
     if image.shape[-3] == 1: return image
     if image.shape[-3] != 3:
@@ -161,19 +154,7 @@ def mutual_information(fused: Tensor,              # (...,C,H,W), float in [0,1]
                        legacy_uint8: bool = False, # merge levels 254 and 255 in the joint histogram
                        correction: Correction = "none", # of the bias of small images
 ) -> Tensor:                                       # (...), float64; without correction >= 0, at most 8 bits per source
-    """Mutual information of the fused image and its sources, in levels of 8 bits. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-        sources: the infrared and the visible image; one: I(fused; source)
-        base: bits or nats
-        reduce: over the sources
-        stretch: stretch each plane to 0..255 first, as VIFB does
-        legacy_uint8: merge levels 254 and 255 in the joint histogram
-        correction: of the bias of small images
-    Returns:
-        (...), float64; without correction >= 0, at most 8 bits per source
-    """
+    "Mutual information of the fused image and its sources, in levels of 8 bits. Raises `CafError` on unfit images."
     _one_of("base", base, (2, "e"))
     planes = _all_levels(fused, sources, channels, gray)
     first, *others = ((_stretched(p) if stretch else p).round().to(torch.int32) for p in planes)
@@ -186,14 +167,7 @@ def standard_deviation(fused: Tensor,              # (...,C,H,W), float in [0,1]
                        channels: Channels = "luma", gray: Gray = "opencv",
                        legacy_uint8: bool = False, # saturating 8-bit arithmetic, at most sqrt(255)
 ) -> Tensor:                                       # (...), gray levels, in [0, 127.5]
-    """Standard deviation of the fused image. Raises `CafError` on NaN and values outside [0, 1].
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-        legacy_uint8: saturating 8-bit arithmetic, at most sqrt(255)
-    Returns:
-        (...), gray levels, in [0, 127.5]
-    """
+    "Standard deviation of the fused image. Raises `CafError` on NaN and values outside [0, 1]."
     levels, = _all_levels(fused, None, channels, gray)
     squares = levels - levels.mean((-2, -1), keepdim=True)
     # uint8 - double rounds, both saturate
@@ -272,16 +246,7 @@ def visual_information_fidelity(fused: Tensor,              # (...,C,H,W), float
                                 channels: Channels = "luma", gray: Gray = "opencv",
                                 legacy_uint8: bool = False, # products of the first scale saturate at 255
 ) -> Tensor:                                                # (...), float64, >= 0; a copy of a source has 1
-    """Pixel-domain VIF. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8, at least 41x41
-        sources: the infrared and the visible image; one: the plain VIF
-        reduce: over the sources
-        legacy_uint8: products of the first scale saturate at 255
-    Returns:
-        (...), float64, >= 0; a copy of a source has 1
-    """
+    "Pixel-domain VIF. Raises `CafError` on unfit images."
     images = _all_levels(fused, sources, channels, gray, least=41)
     kept, whole = ([torch.zeros((), dtype=torch.float64)] * len(sources) for _ in range(2))
     for _, windows in _windows(images, legacy_uint8):
@@ -297,14 +262,7 @@ def visual_information_fidelity_for_fusion(fused: Tensor, # (...,C,H,W), float i
                                            vi: Tensor,
                                            channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                                              # (...), float64, >= 0; 1 for a copy of two equal sources
-    """VIFF, with the source of larger variance in each window (Han et al. 2013). Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8, at least 41x41
-        ir: its two sources
-    Returns:
-        (...), float64, >= 0; 1 for a copy of two equal sources
-    """
+    "VIFF, with the source of larger variance in each window (Han et al. 2013). Raises `CafError` on unfit images."
     images = _all_levels(fused, (ir, vi), channels, gray, least=41)
     kept, whole = ([torch.full((), _EPS, dtype=torch.float64)] * len(_SUB_BANDS) for _ in range(2))
     for band, ((kept_ir, all_ir), (kept_vi, all_vi)) in _windows(images, noise=0.005 * 255**2):
@@ -326,14 +284,7 @@ def sum_of_correlations_of_differences(fused: Tensor, # (...,C,H,W), float in [0
                                        vi: Tensor,
                                        channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                                          # (...), in [-2, 2]
-    """SCD; a constant difference counts as 0. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-        ir: its two sources
-    Returns:
-        (...), in [-2, 2]
-    """
+    "SCD; a constant difference counts as 0. Raises `CafError` on unfit images."
     f, x, y = _all_levels(fused, (ir, vi), channels, gray)
     return _reduced([_correlation(f - y, x), _correlation(f - x, y)], "sum")
 
@@ -341,13 +292,7 @@ def sum_of_correlations_of_differences(fused: Tensor, # (...,C,H,W), float in [0
 def entropy(fused: Tensor, # (...,C,H,W), float in [0,1] or uint8
             channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:               # (...), bits, in [0, 8]
-    """Entropy of the gray levels. Raises `CafError` on NaN and values outside [0, 1].
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-    Returns:
-        (...), bits, in [0, 8]
-    """
+    "Entropy of the gray levels. Raises `CafError` on NaN and values outside [0, 1]."
     levels, = _all_levels(fused, None, channels, gray)
     return torch.special.entr(_histogram(levels.round().to(torch.int32), 256)).sum(-1).mean(-1) / math.log(2)
 
@@ -355,13 +300,7 @@ def entropy(fused: Tensor, # (...,C,H,W), float in [0,1] or uint8
 def average_gradient(fused: Tensor, # (...,C,H,W), float in [0,1] or uint8, at least 2x2
                      channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                        # (...), gray levels per pixel, >= 0
-    """Mean strength of the gradient. Raises `CafError` on NaN, values outside [0, 1] and one-pixel sides.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8, at least 2x2
-    Returns:
-        (...), gray levels per pixel, >= 0
-    """
+    "Mean strength of the gradient. Raises `CafError` on NaN, values outside [0, 1] and one-pixel sides."
     levels, = _all_levels(fused, None, channels, gray, least=2)
     down, right = torch.gradient(levels, dim=(-2, -1))
     h, w = levels.shape[-2:]
@@ -372,14 +311,7 @@ def spatial_frequency(fused: Tensor,         # (...,C,H,W), float in [0,1] or ui
                       channels: Channels = "luma", gray: Gray = "opencv",
                       as_vifb: bool = False, # take the channels side by side as one wide image
 ) -> Tensor:                                 # (...), gray levels, >= 0; 0 for a one-pixel image
-    """Root mean square of the differences to the left and upper neighbours. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-        as_vifb: take the channels side by side as one wide image
-    Returns:
-        (...), gray levels, >= 0; 0 for a one-pixel image
-    """
+    "Root mean square of the differences to the left and upper neighbours. Raises `CafError` on unfit images."
     levels, = _all_levels(fused, None, channels, gray)
     if as_vifb: levels = torch.cat(levels.split(1, dim=-3), dim=-1)
     energy = levels.diff(dim=-1).square().sum((-2, -1)) + levels.diff(dim=-2).square().sum((-2, -1))
@@ -390,13 +322,7 @@ def correlation_coefficient(fused: Tensor,    # (...,C,H,W), float in [0,1] or u
                             *sources: Tensor,
                             channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                                  # (...), in [-1, 1]
-    """Mean correlation with the sources; 0 with a constant one. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-    Returns:
-        (...), in [-1, 1]
-    """
+    "Mean correlation with the sources; 0 with a constant one. Raises `CafError` on unfit images."
     first, *others = _all_levels(fused, sources, channels, gray)
     return _reduced([_correlation(first, other) for other in others], "mean")
 
@@ -406,14 +332,7 @@ def peak_signal_to_noise_ratio(fused: Tensor,         # (...,C,H,W), float in [0
                                channels: Channels = "luma", gray: Gray = "opencv",
                                as_vifb: bool = False, # the norm over the number of pixels instead of the mean square
 ) -> Tensor:                                          # (...), dB; infinite if all sources equal the fused image
-    """Peak signal to mean squared error with all sources. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-        as_vifb: the norm over the number of pixels instead of the mean square
-    Returns:
-        (...), dB; infinite if all sources equal the fused image
-    """
+    "Peak signal to mean squared error with all sources. Raises `CafError` on unfit images."
     first, *others = _all_levels(fused, sources, channels, gray)
     errors = torch.stack([(first - other).square() for other in others])
     error = errors.sum((-2, -1)).sqrt() / errors.shape[-2:].numel() if as_vifb else errors.mean((-2, -1))
@@ -434,14 +353,7 @@ def structural_similarity(fused: Tensor,          # (...,C,H,W), float in [0,1] 
                           reduce: Reduce = "sum", # over the sources
                           channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                                      # (...), at most 1 per source
-    """SSIM with the sources, windows inside the image (Wang et al. 2004). Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8, at least 11x11
-        reduce: over the sources
-    Returns:
-        (...), at most 1 per source
-    """
+    "SSIM with the sources, windows inside the image (Wang et al. 2004). Raises `CafError` on unfit images."
     from kornia.metrics import ssim
     def of_plane(x: Tensor, y: Tensor) -> Tensor: return ssim(x, y, 11, max_val=255., padding="valid").mean()
     return _of_planes(of_plane, _all_levels(fused, sources, channels, gray, least=11), reduce)
@@ -452,14 +364,7 @@ def multiscale_structural_similarity(fused: Tensor,          # (...,C,H,W), floa
                                      reduce: Reduce = "sum", # over the sources
                                      channels: Channels = "luma", gray: Gray = "opencv",
 ) -> Tensor:                                                 # (...), at most 1 per source
-    """MS-SSIM with the sources, five scales (Wang et al. 2003). Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8, at least 176x176
-        reduce: over the sources
-    Returns:
-        (...), at most 1 per source
-    """
+    "MS-SSIM with the sources, five scales (Wang et al. 2003). Raises `CafError` on unfit images."
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim  # seconds
     images = _all_levels(fused, sources, channels, gray, least=176)
     return _of_planes(partial(ms_ssim, data_range=255.), images, reduce)
@@ -479,14 +384,7 @@ def edge_transfer(fused: Tensor,         # (...,C,H,W), float in [0,1] or uint8
                   channels: Channels = "luma", gray: Gray = "opencv",
                   as_vifb: bool = False, # where the strengths are equal, take the strength itself for their ratio
 ) -> Tensor:                             # (...), in [0, 1]; 0 where no source has an edge
-    """Qabf: how well the edges of the sources survive. Raises `CafError` on unfit images.
-
-    Args:
-        fused: (...,C,H,W), float in [0,1] or uint8
-        as_vifb: where the strengths are equal, take the strength itself for their ratio
-    Returns:
-        (...), in [0, 1]; 0 where no source has an edge
-    """
+    "Qabf: how well the edges of the sources survive. Raises `CafError` on unfit images."
     (strength, angle), *others = map(_sobel, _all_levels(fused, sources, channels, gray))
     kept = total = torch.zeros(())
     for g, alpha in others:
@@ -499,11 +397,7 @@ def edge_transfer(fused: Tensor,         # (...,C,H,W), float in [0,1] or uint8
 
 # %% ../nbs/lib/09_metrics.ipynb #32712b08
 class Convention(BaseModel):
-    """How the metrics of one table are computed; each field goes to the functions that have an argument of that name.
-
-    Fields:
-        legacy_uint8: the metrics that are computed in saturating arithmetic
-    """
+    "How the metrics of one table are computed; each field goes to the functions that have an argument of that name."
     model_config = ConfigDict(extra="forbid", frozen=True)
     base: Literal[2, "e"] = 2
     reduce: Reduce = "sum"
@@ -527,11 +421,7 @@ CONVENTIONS: dict[str, Convention] = {
 # %% ../nbs/lib/09_metrics.ipynb #2fa40078
 def find_convention(name: str, # a name in `CONVENTIONS`
 ) -> Convention:
-    """The convention of a tool. Raises `CafError` on an unknown name, with the known ones.
-
-    Args:
-        name: a name in `CONVENTIONS`
-    """
+    "The convention of a tool. Raises `CafError` on an unknown name, with the known ones."
     _one_of("the convention", name.lower(), tuple(CONVENTIONS))
     return CONVENTIONS[name.lower()]
 
@@ -557,13 +447,7 @@ _PAPER_METRICS = ("MI", "SD", "VIF", "SCD")  # Figure 7
 # %% ../nbs/lib/09_metrics.ipynb #cd08895e
 def find_metric(name: str, # in any case
 ) -> str:                  # as in `METRICS`
-    """The name of a metric. Raises `CafError` on an unknown one, with the known ones.
-
-    Args:
-        name: in any case
-    Returns:
-        as in `METRICS`
-    """
+    "The name of a metric. Raises `CafError` on an unknown one, with the known ones."
     known = {metric.lower(): metric for metric in METRICS}
     if name.lower() not in known: _one_of("the metric", name, tuple(METRICS))
     return known[name.lower()]
@@ -574,14 +458,7 @@ def measure(name: str,     # a name in `METRICS`, in any case
             vi: Tensor,
             convention: Convention = CONVENTIONS["caf_nb"],
 ) -> Tensor:               # (...)
-    """One metric in one convention. Raises `CafError` on an unknown name and where the metric does.
-
-    Args:
-        name: a name in `METRICS`, in any case
-        fused: (...,C,H,W), float in [0,1] or uint8
-    Returns:
-        (...)
-    """
+    "One metric in one convention. Raises `CafError` on an unknown name and where the metric does."
     metric = METRICS[name := find_metric(name)]
     settings = {**convention.model_dump(), "legacy_uint8": name in convention.legacy_uint8}
     wanted = {key: value for key, value in settings.items() if key in signature(metric.call).parameters}
@@ -667,18 +544,7 @@ def evaluate_fusion(ir: Images, # folder, or (B,C,H,W) float in [0,1] or uint8
                     device: str | torch.device = "auto",    # where to compute
                     progress: bool = True,                  # show a bar on stderr
 ) -> pd.DataFrame: # columns image, method, metric, value; NaN where an image could not be measured
-    """Measure fused images. Raises `CafError` on unknown metrics and unfit folders; warns of images not measured.
-
-    Args:
-        ir: folder, or (B,C,H,W) float in [0,1] or uint8
-        vi: likewise
-        fused: likewise; several folders, or method -> folder or tensor
-        metrics: names in `METRICS`
-        device: where to compute
-        progress: show a bar on stderr
-    Returns:
-        columns image, method, metric, value; NaN where an image could not be measured
-    """
+    "Measure fused images. Raises `CafError` on unknown metrics and unfit folders; warns of images not measured."
     methods, rows, metrics = _named(fused), [], [find_metric(m) for m in metrics]
     images = _common([ir, vi, *methods.values()])
     values_of = partial(_measured, metrics=metrics, convention=convention, target=find_device(device))
@@ -696,15 +562,7 @@ def plot_metrics(frame: pd.DataFrame,                      # of `evaluate_fusion
                  colours: Mapping[str, str] | None = None, # method -> colour; gray where there is none
                  names: Mapping[str, str] | None = None,   # method -> label
 ) -> np.ndarray:                                           # of axes: one row per data set, one column per metric
-    """Distribution of every metric for every method: boxes, mean as a triangle, median as a line.
-
-    Args:
-        frame: of `evaluate_fusion`; a column `dataset` gives one row each
-        colours: method -> colour; gray where there is none
-        names: method -> label
-    Returns:
-        of axes: one row per data set, one column per metric
-    """
+    "Distribution of every metric for every method: boxes, mean as a triangle, median as a line."
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -771,13 +629,7 @@ def plain_metrics(fused: np.ndarray,           # (H,W) gray levels 0..255
                   vi: np.ndarray,
                   blur: Callable[[np.ndarray, np.ndarray], np.ndarray] = blur_window,
 ) -> dict[str, float]:                         # MI (bits), SD, VIF, SCD; sums over the sources
-    """The paper's four metrics of one image, written plainly.
-
-    Args:
-        fused: (H,W) gray levels 0..255
-    Returns:
-        MI (bits), SD, VIF, SCD; sums over the sources
-    """
+    "The paper's four metrics of one image, written plainly."
     f, x, y = (image.astype(np.float64) for image in (fused, ir, vi))
     def corr(a, b): return np.corrcoef(a.ravel(), b.ravel())[0, 1]
     return {"MI": _plain_mi(x, f) + _plain_mi(y, f), "SD": f.std(),

@@ -31,13 +31,7 @@ from .zoo import find_method
 
 # %% ../nbs/lib/30_needs.ipynb #6bc65174
 class Need(NamedTuple):
-    """Something that a run uses.
-
-    Fields:
-        state: absent: a row stays empty
-        detail: what was found, or where it was looked for
-        remedy: one sentence, imperative
-    """
+    "Something that a run uses."
     what: str
     state: Literal["there", "warning", "absent", "missing"] # absent: a row stays empty
     detail: str        # what was found, or where it was looked for
@@ -174,15 +168,7 @@ def find_needs(profile: Profile,
                copies: Mapping[str, int] = {},  # data set -> rows whose pictures of it need room
                cache: str | Path = "out/cache", # where the pictures go
 ) -> list[Need]:
-    """All that a run of a profile uses. Nothing is computed, and nothing is raised: see `require`.
-
-    Args:
-        data_root: folder of all archives, as `find_root` looks into it
-        weights_root: weights of methods and of task networks
-        methods: that fuse with their authors' weights
-        copies: data set -> rows whose pictures of it need room
-        cache: where the pictures go
-    """
+    "All that a run of a profile uses. Nothing is computed, and nothing is raised: see `require`."
     published = bool(str(data_root)) or profile.data.source == "published"
     original = ("yolov5",) if profile.detector.anchors else ()
     needs = [_library_need(module) for module in ("ultralytics", "transformers", *original)]
@@ -224,13 +210,7 @@ def _unfinished(stages: Iterable[BaseModel]) -> dict[str, BaseModel]:
 # %% ../nbs/lib/30_needs.ipynb #1f3fa043
 def cost_table(stages: Iterable[BaseModel], # of tables
 ) -> pd.DataFrame:                          # index kind; columns runs, megapixels, hours (on two CPU cores)
-    """What training all unfinished stages would cost on a CPU.
-
-    Args:
-        stages: of tables
-    Returns:
-        index kind; columns runs, megapixels, hours (on two CPU cores)
-    """
+    "What training all unfinished stages would cost on a CPU."
     trained = [stage for stage in _unfinished(stages).values() if type(stage).__name__ in {*COSTS, "Pretrain"}]
     frame = pd.DataFrame([(*_megapixels(stage), 1) for stage in trained], columns=["kind", "megapixels", "runs"])
     total = frame.groupby("kind", sort=False).sum()
@@ -241,12 +221,7 @@ def describe(profile: Profile,
              needs: Sequence[Need],              # of `find_needs`
              costs: pd.DataFrame | None = None,  # of `cost_table`
 ) -> str:
-    """What there is, what is missing and where to get it, and the hours.
-
-    Args:
-        needs: of `find_needs`
-        costs: of `cost_table`
-    """
+    "What there is, what is missing and where to get it, and the hours."
     wide, order = max(len(n.what) for n in needs), ("there", "warning", "absent", "missing")
     lines = [f"Profile {profile.name}: {profile.note}.", ""]
     for need in sorted(needs, key=lambda n: order.index(n.state)):

@@ -24,13 +24,7 @@ def _csv(name: str) -> pd.DataFrame:
 
 def paper_table(n: int,   # number of the table in the paper: 1, 2 or 3
 ) -> pd.DataFrame:        # rows: methods; columns: (data set, metric); NaN where the paper prints nothing
-    """A table as it is printed. Raises `CafError` on any other number. Source: Tables 1 to 3 of the paper.
-
-    Args:
-        n: number of the table in the paper: 1, 2 or 3
-    Returns:
-        rows: methods; columns: (data set, metric); NaN where the paper prints nothing
-    """
+    "A table as it is printed. Raises `CafError` on any other number. Source: Tables 1 to 3 of the paper."
     if n not in (1, 2, 3): raise CafError(f"the paper has no table {n} of numbers", remedy="Choose 1, 2 or 3")
     table = _csv(f"table{n}").set_index("method").replace("", "nan").astype(float)
     columns = [tuple(name.split(".", 1)) for name in table]
@@ -40,13 +34,7 @@ def paper_table(n: int,   # number of the table in the paper: 1, 2 or 3
 # %% ../nbs/lib/27_paper.ipynb #27a00009
 def mark_best(column: pd.Series, # values; higher is better
 ) -> list[str]:                  # CSS, one per value
-    """Bold for the best value, underlined for the second best; nothing where all values are equal.
-
-    Args:
-        column: values; higher is better
-    Returns:
-        CSS, one per value
-    """
+    "Bold for the best value, underlined for the second best; nothing where all values are equal."
     ranks = column.rank(ascending=False, method="min")
     if column.nunique() < 2: return [""] * len(column)
     return ["font-weight: bold" if rank == 1 else "text-decoration: underline" if rank == 2 else "" for rank in ranks]
@@ -54,24 +42,12 @@ def mark_best(column: pd.Series, # values; higher is better
 # %% ../nbs/lib/27_paper.ipynb #27a00042
 def number_format(metric: str, # name of a column
 ) -> str:                      # for `str.format`
-    """Three decimals for MI and VIF, one for percentages, as the paper prints them.
-
-    Args:
-        metric: name of a column
-    Returns:
-        for `str.format`
-    """
+    "Three decimals for MI and VIF, one for percentages, as the paper prints them."
     return "{:.3f}" if metric in ("MI", "VIF") else "{:.1f}"
 
 # %% ../nbs/lib/27_paper.ipynb #27a00012
 class Note(NamedTuple):
-    """What is odd about something printed.
-
-    Fields:
-        table: 1, 2 or 3; 0: the text
-        row: a method; "": the whole column; of the text: the place
-        metric: with `dataset` the column; "": the whole row
-    """
+    "What is odd about something printed."
     table: int     # 1, 2 or 3; 0: the text
     row: str       # a method; "": the whole column; of the text: the place
     dataset: str
@@ -80,11 +56,7 @@ class Note(NamedTuple):
 
 def notes(n: int,        # number of the table; 0: the text
 ) -> tuple[Note, ...]:
-    """All notes on a table.
-
-    Args:
-        n: number of the table; 0: the text
-    """
+    "All notes on a table."
     return tuple(Note(n, *row[1:]) for row in _csv("notes").itertuples(index=False) if row.table == str(n))
 
 # %% ../nbs/lib/27_paper.ipynb #27a00017
@@ -96,15 +68,7 @@ def footnoted(style: Styler,             # rows: methods; columns: (data set, me
               caption: str = "",         # above the notes
              name: Callable[[str], str] = str, # how a row is called
 ) -> Styler:
-    """Superscripts at the noted cells; below the table the caption and the notes on what it shows.
-
-    Args:
-        style: rows: methods; columns: (data set, metric, *`part`)
-        found: of `notes`
-        part: the rest of a column's label
-        caption: above the notes
-        name: how a row is called
-    """
+    "Superscripts at the noted cells; below the table the caption and the notes on what it shows."
     columns, general = {c[:2] for c in style.columns}, []
     texts: dict[str, str] = {}
     for note in found:
@@ -121,16 +85,7 @@ def footnoted(style: Styler,             # rows: methods; columns: (data set, me
 
 # %% ../nbs/lib/27_paper.ipynb #27a00022
 class Statement(NamedTuple):
-    """A conclusion of the paper that numbers can test.
-
-    Fields:
-        where: in the paper
-        table: whose values test it; 0: the paper prints none
-        pairs: (row, the row that it exceeds); "": every other row
-        columns: (data set, metric); none: all of the table
-        margin: smallest lead, in units of the column; 0: any lead
-        several: two columns are enough
-    """
+    "A conclusion of the paper that numbers can test."
     name: str
     where: str                           # in the paper
     says: str
@@ -151,13 +106,7 @@ def statements() -> tuple[Statement, ...]:
 def evidence(statement: Statement,
              table: pd.DataFrame | None = None, # values in the layout of `paper_table`; default: the printed ones
 ) -> pd.DataFrame:                              # columns dataset, metric, row, value, other, best, lead, holds
-    """The comparisons behind a statement, one per row and column of its table that has the values.
-
-    Args:
-        table: values in the layout of `paper_table`; default: the printed ones
-    Returns:
-        columns dataset, metric, row, value, other, best, lead, holds
-    """
+    "The comparisons behind a statement, one per row and column of its table that has the values."
     if table is None: table = paper_table(statement.table) if statement.table else pd.DataFrame()
     found = []
     for row, other in statement.pairs:
@@ -172,12 +121,7 @@ def evidence(statement: Statement,
 
 # %% ../nbs/lib/27_paper.ipynb #27a00033
 class Support(NamedTuple):
-    """How far values support a statement.
-
-    Fields:
-        verdict: supported, in part, not supported, no values
-        detail: the values of one comparison; else how many hold, and those that do not
-    """
+    "How far values support a statement."
     verdict: str # supported, in part, not supported, no values
     detail: str  # the values of one comparison; else how many hold, and those that do not
 
@@ -185,12 +129,7 @@ def support(statement: Statement,
             table: pd.DataFrame | None = None,  # as for `evidence`
             name: Callable[[str], str] = str,   # how a row is called
 ) -> Support:
-    """Whether the printed values, or others, support a statement, and what speaks against it.
-
-    Args:
-        table: as for `evidence`
-        name: how a row is called
-    """
+    "Whether the printed values, or others, support a statement, and what speaks against it."
     found = evidence(statement, table)
     if found.empty: return Support("no values", "")
     def shown(c):
@@ -205,15 +144,7 @@ def support(statement: Statement,
 
 # %% ../nbs/lib/27_paper.ipynb #27a00038
 class Difference(NamedTuple):
-    """One difference between the paper and the released code.
-
-    Fields:
-        part: loss, search, network, evaluation, print
-        released: "": the paper disagrees with itself
-        changes: what follows, mostly a formula
-        basis: tested, measured, read, arithmetic
-        field: of `Variant`, that switches it; "": none
-    """
+    "One difference between the paper and the released code."
     part: str      # loss, search, network, evaluation, print
     paper: str
     released: str  # "": the paper disagrees with itself
@@ -227,14 +158,7 @@ def differences() -> tuple[Difference, ...]:
 
 # %% ../nbs/lib/27_paper.ipynb #a7c12a8f
 class Prescription(NamedTuple):
-    """How the paper says that something is done, and how it is done here.
-
-    Fields:
-        section: of the paper
-        here: the default of profile and variant `paper`
-        option: settings that change it, as Class.field; "": none
-        effect: what the choice does, and where it is measured or tested
-    """
+    "How the paper says that something is done, and how it is done here."
     section: str  # of the paper
     printed: str
     here: str     # the default of profile and variant `paper`

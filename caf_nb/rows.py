@@ -139,11 +139,7 @@ def searched(setup: "Setup", task: Task, network: str) -> TrainFusion:
 
 def weighted(weights: Callable[[int], Beta], # of the seed
 ) -> Callable[["Setup", Task, str], TrainFusion]:
-    """With given weights.
-
-    Args:
-        weights: of the seed
-    """
+    "With given weights."
     def loss(setup: "Setup") -> Weighted: return Weighted(beta=weights(setup.seed), vgg=setup.vgg)
     return lambda setup, task, network: setup.train(task, loss(setup), network)
 
@@ -176,23 +172,13 @@ def _joint(setup: "Setup", task: Task, network: str) -> TrainJoint:
 
 # %% ../nbs/lib/31_rows.ipynb #53a4d3f0
 class Style(NamedTuple):
-    """How a row appears in tables and plots.
-
-    Fields:
-        marker: matplotlib's
-    """
+    "How a row appears in tables and plots."
     title: str
     colour: str
     marker: str  # matplotlib's
 
 class Row(NamedTuple):
-    """A row of a table.
-
-    Fields:
-        name: in settings and names of files
-        fuse: (setup, task, network) -> how it fuses
-        network: a name in `METHODS`
-    """
+    "A row of a table."
     name: str             # in settings and names of files
     style: Style
     fuse: Callable[["Setup", Task, str], Model] # (setup, task, network) -> how it fuses
@@ -316,11 +302,7 @@ def left_out(setup: Setup, rows: Sequence[str]) -> dict[str, str]:
 
 # %% ../nbs/lib/31_rows.ipynb #9df3e2d4
 def check(setup: Setup, rows: Sequence[str]) -> list[str]: # those that can be computed
-    """Raises `CafError` on an unknown row, one that names all that is missing, and one if no row is left.
-
-    Returns:
-        those that can be computed
-    """
+    "Raises `CafError` on an unknown row, one that names all that is missing, and one if no row is left."
     require(row_needs(setup, rows))
     empty = left_out(setup, rows)
     if rows and len(empty) == len(rows): raise CafError("no row can be computed: " + " ".join(empty.values()))
@@ -354,13 +336,7 @@ def table3(setup: Setup, rows: Sequence[str] = ("caf_h", "caf_r", "caf_a", "caf"
 
 # %% ../nbs/lib/31_rows.ipynb #fb63495a
 class Cell(BaseModel):
-    """The numbers of one finished stage.
-
-    Fields:
-        stage: its uid, which changes with its configuration
-        values: by metric; None: not defined, such as the AP of a class without a box
-        configuration: every setting, defaults included
-    """
+    "The numbers of one finished stage."
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     stage: str                          # its uid, which changes with its configuration
     values: dict[str, float | None]     # by metric; None: not defined, such as the AP of a class without a box
@@ -388,12 +364,7 @@ def read_cell(stage: Any, file: Path) -> Cell | None:
 def cell(stage: Any,        # a stage with `scores` and `provenance`
          file: str | Path,  # read if it is there, else written
 ) -> Cell:
-    """The numbers of a stage, from `file` or by running it.
-
-    Args:
-        stage: a stage with `scores` and `provenance`
-        file: read if it is there, else written
-    """
+    "The numbers of a stage, from `file` or by running it."
     file = Path(file)
     if found := read_cell(stage, file): return found
     values = {name: value if math.isfinite(value) else None for name, value in stage.scores().items()}
@@ -416,16 +387,7 @@ def cells(stages: Mapping[tuple[str, str], Any], # of a table
           seed: int = 0,                         # in the names of the files
           progress: bool = True,                 # show a bar
 ) -> dict[tuple[str, str], Cell]:                # (data set, row) -> numbers
-    """The numbers of a table; finished cells are read.
-
-    Args:
-        stages: of a table
-        folder: of the cells
-        seed: in the names of the files
-        progress: show a bar
-    Returns:
-        (data set, row) -> numbers
-    """
+    "The numbers of a table; finished cells are read."
     elsewhere([stage for (dataset, row), stage in stages.items()
                if not read_cell(stage, cell_file(folder, dataset, row, seed))])
     bar = tqdm(stages.items(), desc="cells", disable=not progress)
@@ -434,13 +396,7 @@ def cells(stages: Mapping[tuple[str, str], Any], # of a table
 # %% ../nbs/lib/31_rows.ipynb #deb00023
 def provenance(found: Mapping[tuple[str, str], Cell], # of `cells`
 ) -> pd.DataFrame:                                     # index (data set, method)
-    """Where the numbers of a table come from.
-
-    Args:
-        found: of `cells`
-    Returns:
-        index (data set, method)
-    """
+    "Where the numbers of a table come from."
     index = pd.MultiIndex.from_tuples(found, names=["dataset", "method"])
     return pd.DataFrame([cell.provenance for cell in found.values()], index=index).fillna("")
 

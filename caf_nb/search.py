@@ -37,32 +37,18 @@ def _bar(term: Term, weight: float) -> str: # a row of a table; the line at 1/15
 # %% ../nbs/lib/21_search.ipynb #943c1a47
 @dataclass(frozen=True)
 class SearchResult:
-    """The end of a search and the way there.
-
-    Fields:
-        alpha: (15,) logits
-        history: a row a step; see `search`
-        converged: whether it stopped by `tolerance` rather than after its epochs
-    """
+    "The end of a search and the way there."
     alpha: Tensor         # (15,) logits
     history: pd.DataFrame # a row a step; see `search`
     converged: bool       # whether it stopped by `tolerance` rather than after its epochs
 
     @property
     def beta(self) -> Tensor: # (15,) on the simplex, in the order of TERMS
-        """The searched weights.
-
-        Returns:
-            (15,) on the simplex, in the order of TERMS
-        """
+        "The searched weights."
         return self.alpha.softmax(0)
 
     def save(self, path: str | Path) -> None: # such as loss.json
-        """Write weights and history as JSON. Raises `CafError` if that is not possible.
-
-        Returns:
-            such as loss.json
-        """
+        "Write weights and history as JSON. Raises `CafError` if that is not possible."
         rows = [{name: x for name, x in row.items() if x == x} for row in self.history.to_dict("records")]
         content = {"weights": dict(zip(TERMS, self.beta.tolist(), strict=True)), "alpha": self.alpha.tolist(),
                    "converged": self.converged, "columns": list(self.history), "history": rows}
@@ -87,13 +73,7 @@ class SearchResult:
 # %% ../nbs/lib/21_search.ipynb #fa8cb35d
 def logits(beta: Tensor, # (15,) positive weights that sum to 1, in the order of TERMS
 ) -> Tensor:             # (15,) with mean 0
-    """The alpha whose softmax is `beta`. Raises `CafError` outside of the simplex.
-
-    Args:
-        beta: (15,) positive weights that sum to 1, in the order of TERMS
-    Returns:
-        (15,) with mean 0
-    """
+    "The alpha whose softmax is `beta`. Raises `CafError` outside of the simplex."
     if beta.shape != (len(TERMS),):
         raise CafError(f"beta has shape {tuple(beta.shape)}", remedy=f"Pass {len(TERMS)} weights in the order of TERMS")
     if not (beta > 0).all(): raise CafError(f"the smallest weight of beta is {beta.min().item():g}",
@@ -264,21 +244,7 @@ def search(net: nn.Module,             # fusion network, changed in place, left 
 ) -> SearchResult:
     """Search the weights of `space` for `task`. Deterministic for a seed on one device, and resumable to the bit.
     Raises `CafError` on bad input, and `NotFinite` with step, term and batch if a loss or gradient is not finite;
-    the last good state is then in `folder`. Source: paper, Algorithm 1.
-
-    Args:
-        net: fusion network, changed in place, left in evaluation mode
-        task: what the images are for; changed in place
-        space: the terms
-        train: for omega_t and omega_f
-        val: for beta alone
-        settings: epochs, batch size, three learning rates, kind of the hypergradient, ...
-        seed: of the order of the scenes, and of what a task draws
-        progress: show a bar
-        beta: (15,) weights to start from, on the simplex; default equal ones
-        folder: where the state is kept (search.pt) and resumed from
-        save_every: steps between two states; raise it where a step is quick
-    """
+    the last good state is then in `folder`. Source: paper, Algorithm 1."""
     if not len(train) or not len(val):
         raise CafError("a split is empty", remedy="Search needs training and validation scenes")
     start = torch.zeros(len(TERMS)) if beta is None else logits(beta.detach())

@@ -587,14 +587,7 @@ def _whole(name: str, value, least: int) -> int:
 
 # %% ../nbs/lib/08_synth.ipynb #2d814377
 class SynthScenes(LazySequence[Scene]):
-    """Procedural road scenes: `scenes[i]` is a `Scene`, the same in every process and for every `n` and `task`.
-
-    Args:
-        n: number of scenes
-        size: side, or (H, W), at least 32 pixels each
-        seed: at least 0
-        task: "detection", "multispectral" or "segmentation"
-    """
+    "Procedural road scenes: `scenes[i]` is a `Scene`, the same in every process and for every `n` and `task`."
 
     def __init__(self,
                  n: int,                      # number of scenes

@@ -3,6 +3,7 @@
 The source folder of the site is the root of the project, so that links between notebooks work here as they do on GitHub and in JupyterLab.
 """
 
+import inspect
 import json
 import re
 import shutil
@@ -112,17 +113,13 @@ def notebook(app, docname, source):
 
 
 def docments(app, what, name, obj, options, lines):
-    "Show as fields what tools/docments.py wrote into a docstring."
-    head, shown = "", []
-    for line in lines:
-        if line in ("Args:", "Fields:", "Returns:"):
-            head = line
-            continue
-        if head and line.startswith("    "):
-            field, _, text = (":returns", "", line.strip()) if head == "Returns:" else f":param {line.strip()}".partition(": ")
-            line = f"{field}: " + re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", text.replace("*", r"\*"))
-        shown.append(line)
-    lines[:] = shown
+    "Add the comments behind the parameters of a function and the fields of a class to its docstring."
+    from fastcore.docments import docments
+    fields = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(obj), re.M) if what in ("class", "exception") else []
+    described = dict(fields) or {k: v for k, v in docments(obj).items() if v} if what in ("class", "exception", "function", "method") else {}
+    about = [f":returns: {text}" if name == "return" else f":param {name}: {text}" for name, text in described.items()]
+    about = [re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line.replace("*", r"\*")) for line in about]
+    if about: lines += ["", *about]
 
 
 def mathml(display):

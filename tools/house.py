@@ -1,4 +1,4 @@
-"""Count the structure of the library: floors, arrows, cycles, lines, cells, names that nobody uses, and (with --types) mypy's errors. What tools/docments.py derives is not counted.
+"""Count the structure of the library: floors, arrows, cycles, lines, cells, names that nobody uses, and (with --types) mypy's errors.
 
 Run from the root of the project: .venv/bin/python tools/house.py [--types]
 Exit code 1 where a goal is missed. `tests/test_structure.py` reads the same imports.
@@ -12,8 +12,6 @@ import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-from docments import without
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "caf_nb"
@@ -127,7 +125,7 @@ def mypy_errors() -> int:
 
 def measure(types: bool) -> dict[str, float]:
     "All counts."
-    graph, lines, sizes = rooms(), [line for p in FILES.values() for line in without(p.read_text(encoding="utf-8")).splitlines()], sorted(export_sizes())
+    graph, lines, sizes = rooms(), [line for p in FILES.values() for line in p.read_text(encoding="utf-8").splitlines()], sorted(export_sizes())
     loops = cycles({module: imported(module) for module in FILES}) or cycles(graph)
     found = {"floors": 0 if loops else max(floors(graph).values()), "arrows": sum(map(len, graph.values())), "cycles": len(loops), "lines": len(lines),
              "lines over 120 characters": sum(len(line) > 120 for line in lines), "export cells, median": statistics.median(sizes),

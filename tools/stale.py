@@ -1,4 +1,4 @@
-"""Exit 1 unless the modules in caf_nb/ are exactly those that some notebook exports. Completes the docstrings of these (tools/docments.py).
+"""Exit 1 unless the modules in caf_nb/ are exactly those that some notebook exports.
 
 `nbdev_export` leaves the module of a renamed or deleted notebook behind, and `git status` does not show it.
 """
@@ -7,8 +7,6 @@ import json
 import re
 import sys
 from pathlib import Path
-
-import docments
 
 KEPT = {"__init__.py", "_modidx.py"}
 
@@ -21,7 +19,6 @@ def exported(notebook: Path) -> str | None:
     return found and found[1].replace(".", "/") + ".py"
 
 
-docments.main(Path("caf_nb"))
 notebooks = [p for p in Path("nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
 want = {m for m in map(exported, notebooks) if m}
 have = {p.relative_to("caf_nb").as_posix() for p in Path("caf_nb").rglob("*.py") } - KEPT

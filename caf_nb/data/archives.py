@@ -56,11 +56,7 @@ def _join(thumbs: np.ndarray, threshold: float = 0.7, window: int = 5) -> np.nda
     return connected_components(coo_array((np.ones(len(rows)), (rows, columns)), shape=(n, n)), directed=False)[1]
 
 def find_scenes(items: Sequence[Item], progress: bool = True) -> list[list[str]]: # the stems of each scene
-    """Group near-duplicate neighbours. Raises `CafError` if an image cannot be read.
-
-    Returns:
-        the stems of each scene
-    """
+    "Group near-duplicate neighbours. Raises `CafError` if an image cannot be read."
     items, scenes = sorted(items, key=lambda item: natural_order(item.stem)), dict[int, list[str]]()
     thumbs = np.stack(thread_map(_thumbnail, items, desc="comparing neighbours", disable=not progress))
     for item, scene in zip(items, _join(thumbs)): scenes.setdefault(int(scene), []).append(item.stem)
@@ -73,13 +69,7 @@ def deal(scenes: Sequence[Sequence[str]],         # the stems of each scene
          ratio: Ratio,
          seed: int,
 ) -> list[Member]:                                # sorted by stem
-    """Deal whole scenes to the parts. Raises `CafError` if a part that was asked for stays empty.
-
-    Args:
-        scenes: the stems of each scene
-    Returns:
-        sorted by stem
-    """
+    "Deal whole scenes to the parts. Raises `CafError` if a part that was asked for stays empty."
     if not all(math.isfinite(r) and r >= 0 for r in ratio) or sum(ratio) <= 0:
         cause = "the ratio is {} {} {}".format(*ratio)
         raise CafError(cause, remedy="Give three numbers of at least 0: train, val, test")
@@ -110,13 +100,7 @@ def make_split(published: Published,            # all of it
                progress: bool = True,
                by: SplitBy = "scenes",          # random: image by image
 ) -> Split:
-    """The split of a set, scene-aware unless told otherwise. Raises `CafError` if there are too few scenes.
-
-    Args:
-        published: all of it
-        ratio: train, val, test
-        by: random: image by image
-    """
+    "The split of a set, scene-aware unless told otherwise. Raises `CafError` if there are too few scenes."
     own = {part for item in published.items for part in item.parts} & set(published.own_parts)
     fixed = set(DISJOINT) if "val" in own else {"test"}
     members = [Member(part, -1, item.stem) for item in published.items for part in item.parts if part in fixed]
@@ -133,14 +117,7 @@ def split_leak(published: Published,  # all of it
                members: Sequence[Member], # of a split
                progress: bool = True,
 ) -> float:                           # in [0, 1]
-    """The share of test images with a near-duplicate neighbour among the training images.
-
-    Args:
-        published: all of it
-        members: of a split
-    Returns:
-        in [0, 1]
-    """
+    "The share of test images with a near-duplicate neighbour among the training images."
     part = {m.stem: m.part for m in members}
     scenes = [[part[stem] for stem in scene] for scene in find_scenes(published.items, progress)]
     leaked = sum(scene.count("test") for scene in scenes if "train" in scene)
@@ -152,15 +129,7 @@ def make_folds(published: Published, # all of it
                blocks: int = 24,     # of neighbouring names
                seed: int = 0,        # of the dealing
 ) -> list[Split]:                    # the scene of a member is its block
-    """One split a fold: its blocks are test, all others train. Raises `CafError` if that is not possible.
-
-    Args:
-        published: all of it
-        blocks: of neighbouring names
-        seed: of the dealing
-    Returns:
-        the scene of a member is its block
-    """
+    "One split a fold: its blocks are test, all others train. Raises `CafError` if that is not possible."
     stems = sorted((item.stem for item in published.items), key=natural_order)
     if not 2 <= folds <= blocks <= len(stems):
         cause = f"{len(stems)} pairs in {blocks} blocks do not give {folds} folds"
@@ -173,11 +142,7 @@ def make_folds(published: Published, # all of it
 
 # %% ../../nbs/lib/06_archives.ipynb #9c47041e
 class Block(NamedTuple):
-    """A square cut from one pair.
-
-    Fields:
-        top: pixels
-    """
+    "A square cut from one pair."
     dataset: str
     stem: str
     top: int    # pixels
@@ -189,13 +154,7 @@ def blocks(sets: Sequence[Published], # the parts to draw from
            size: int = 128,           # side in pixels
            seed: int = 0,
 ) -> list[Block]:
-    """Draw training blocks. Raises `CafError` if no image of a set is large enough.
-
-    Args:
-        sets: the parts to draw from
-        n: of all sets together; the paper: 1,000
-        size: side in pixels
-    """
+    "Draw training blocks. Raises `CafError` if no image of a set is large enough."
     drawn = []
     for k, published in enumerate(sets):
         fit = [(item, wh) for item in published.items if min(wh := image_size(item.vi)) >= size]
@@ -300,15 +259,7 @@ def _shown(path: Path, root: Path) -> str:
     return _printable(path.relative_to(root) if path.is_relative_to(root) else path)
 
 class Checked(NamedTuple):
-    """What is in an archive, and what is wrong with it.
-
-    Fields:
-        pairs: complete ones
-        published: as its authors count; 0: they do not
-        sizes: "1024x768" -> pairs
-        classes: boxes of each class, or images whose mask shows it
-        parts: pairs of each part
-    """
+    "What is in an archive, and what is wrong with it."
     dataset: str
     root: Path
     pairs: int                # complete ones
@@ -327,11 +278,7 @@ class Checked(NamedTuple):
                  "note": f.kind in NOTES} for f in self.findings]
 
     def text(self, most: int = 40) -> str: # findings to list
-        """The report for a person: counts, then the findings, wrong ones first.
-
-        Returns:
-            findings to list
-        """
+        "The report for a person: counts, then the findings, wrong ones first."
         found = sorted(self.records(), key=lambda record: record["note"])
         of = f" of {self.published:,} published" if self.published else ""
         counts = {"sizes": self.sizes, "parts": self.parts, "classes": self.classes,
@@ -355,15 +302,7 @@ def check(dataset: str,                          # a key of `READERS`
           names: Sequence[str] | None = None,    # of numbered classes, in the order of their numbers
           progress: bool = True,                 # show a bar
 ) -> Checked:
-    """Open every file of an archive once. Raises `CafError` if it is no such archive at all; anything less is a finding.
-
-    Args:
-        dataset: a key of `READERS`
-        root: where the archive was unpacked
-        split_file: of `caf-data prepare`; default: split/NAME.txt in `root`
-        names: of numbered classes, in the order of their numbers
-        progress: show a bar
-    """
+    "Open every file of an archive once. Raises `CafError` if it is no such archive at all; anything less is a finding."
     return checked(where(dataset)(root, "all", split_file, names), progress)
 
 def _shift_facts(published: Published, most: int = 6) -> list[Finding]:
@@ -378,12 +317,7 @@ def _shift_facts(published: Published, most: int = 6) -> list[Finding]:
 def checked(published: Published,  # all of it
             progress: bool = True, # show a bar
 ) -> Checked:
-    """The same of a set that is listed.
-
-    Args:
-        published: all of it
-        progress: show a bar
-    """
+    "The same of a set that is listed."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow, about odd files; they become findings
         seen = thread_map(lambda item: list(_facts(published, item)), published.listed,
@@ -448,14 +382,7 @@ def _judge(published: Published, leave_out: bool, progress: bool) -> int: # pair
 
 # %% ../../nbs/lib/06_archives.ipynb #2992a568
 class Prepared(NamedTuple):
-    """What `prepare` left on disk.
-
-    Fields:
-        split: None: the set has no parts
-        yolo: camera -> data.yaml; empty for sets without boxes
-        parts: images of each part
-        left_out: pairs and files that `check` reports as wrong
-    """
+    "What `prepare` left on disk."
     split: Path | None             # None: the set has no parts
     blocks: Path
     yolo: dict[str, Path]          # camera -> data.yaml; empty for sets without boxes
@@ -473,18 +400,7 @@ def prepare(dataset: str,                 # a key of `READERS`
             progress: bool = True,
             leave_out: bool = False,      # pairs with which something is wrong; else they are an error
 ) -> Prepared:
-    """Write split, blocks and YOLO folders. Raises `CafError` on broken archives and if `out` holds another split.
-
-    Args:
-        dataset: a key of `READERS`
-        root: where the archive was unpacked; nothing is written there
-        out: made if absent
-        ratio: train, val, test, where the authors give no parts
-        n: blocks
-        size: side of a block, in pixels
-        names: of numbered classes, in the order of their numbers
-        leave_out: pairs with which something is wrong; else they are an error
-    """
+    "Write split, blocks and YOLO folders. Raises `CafError` on broken archives and if `out` holds another split."
     reader, out, file = where(dataset), Path(out), None
     training = published = reader(root, names=names)
     if torn := next((f for f in published.findings if f.kind in ("split overlap", "scene torn")), None):

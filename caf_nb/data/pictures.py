@@ -204,26 +204,14 @@ def _decoded(path: Path, max_pixels: int | None, colours: bool) -> _Decoded:
 def read_pixels(path: Path,
                 max_pixels: int | None = None, # None: 25,000,000, or CAF_NB_MAX_PIXELS
 ) -> np.ndarray:                               # (H,W) or (H,W,C)
-    """The pixels of a picture in their own type, palette numbers as such. Raises `CafError` if it is no whole picture.
-
-    Args:
-        max_pixels: None: 25,000,000, or CAF_NB_MAX_PIXELS
-    Returns:
-        (H,W) or (H,W,C)
-    """
+    "The pixels of a picture in their own type, palette numbers as such. Raises `CafError` if it is no whole picture."
     return _decoded(path, max_pixels, colours=False)[0]
 
 # %% ../../nbs/lib/04_pictures.ipynb #8d88caff
 def image_size(path: Path,
                max_pixels: int | None = None, # as in `read_pixels`
 ) -> tuple[int, int]:                         # (width, height) of the upright picture
-    """Read the size from the header. Raises `CafError` without one, or beyond the limit.
-
-    Args:
-        max_pixels: as in `read_pixels`
-    Returns:
-        (width, height) of the upright picture
-    """
+    "Read the size from the header. Raises `CafError` without one, or beyond the limit."
     with decoding(path):
         if _is_tiff(path):
             with _tiff(path) as (_, kind): pass
@@ -273,15 +261,7 @@ def read_image(path: str | Path, # JPG, PNG, BMP or TIF; 8 or 16 bit (or float i
                max_pixels: int | None = None, # of the largest picture; None: 25,000,000, or CAF_NB_MAX_PIXELS
                levels: Levels | None = None,  # values that become 0 and 1, what is beyond is cut; None: the whole scale
 ) -> Tensor:                     # (1,H,W) or RGB (3,H,W), float32 in [0,1]
-    """Read an image. Raises `CafError` if the file is missing, truncated, no image, or of an unknown pixel format.
-
-    Args:
-        path: JPG, PNG, BMP or TIF; 8 or 16 bit (or float in [0,1]); gray, RGB or RGBA
-        max_pixels: of the largest picture; None: 25,000,000, or CAF_NB_MAX_PIXELS
-        levels: values that become 0 and 1, what is beyond is cut; None: the whole scale
-    Returns:
-        (1,H,W) or RGB (3,H,W), float32 in [0,1]
-    """
+    "Read an image. Raises `CafError` if the file is missing, truncated, no image, or of an unknown pixel format."
     return _as_image(*_decoded(Path(path), max_pixels, colours=True), levels, Path(path))
 
 # %% ../../nbs/lib/04_pictures.ipynb #1feba7ff
@@ -289,13 +269,7 @@ _DELTA = 128 / 255  # OpenCV's zero of Cb and Cr
 
 def luma(rgb: Tensor, # (...,3,H,W) in [0,1]; gray (...,1,H,W) passes through
 ) -> Tensor:          # (...,1,H,W) in [0,1]
-    """Luminance Y of an image.
-
-    Args:
-        rgb: (...,3,H,W) in [0,1]; gray (...,1,H,W) passes through
-    Returns:
-        (...,1,H,W) in [0,1]
-    """
+    "Luminance Y of an image."
     if rgb.shape[-3] == 1: return rgb
     r, g, b = rgb.split(1, dim=-3)
     return 0.299 * r + 0.587 * g + 0.114 * b
@@ -303,26 +277,14 @@ def luma(rgb: Tensor, # (...,3,H,W) in [0,1]; gray (...,1,H,W) passes through
 # %% ../../nbs/lib/04_pictures.ipynb #d403e449
 def rgb_to_ycbcr(rgb: Tensor, # (...,3,H,W) in [0,1]
 ) -> Tensor:                  # (...,3,H,W): Y, Cb, Cr; gray has Cb = Cr = 128/255
-    """Full-range YCbCr in the convention of OpenCV, which the official results use.
-
-    Args:
-        rgb: (...,3,H,W) in [0,1]
-    Returns:
-        (...,3,H,W): Y, Cb, Cr; gray has Cb = Cr = 128/255
-    """
+    "Full-range YCbCr in the convention of OpenCV, which the official results use."
     r, _, b = rgb.split(1, dim=-3)
     y = luma(rgb)
     return torch.cat([y, 0.564 * (b - y) + _DELTA, 0.713 * (r - y) + _DELTA], dim=-3)
 
 def ycbcr_to_rgb(ycbcr: Tensor, # (...,3,H,W): Y, Cb, Cr as `rgb_to_ycbcr` gives them
 ) -> Tensor:                    # (...,3,H,W), not clamped
-    """Inverse of `rgb_to_ycbcr` up to the three decimals of the published coefficients (0.003).
-
-    Args:
-        ycbcr: (...,3,H,W): Y, Cb, Cr as `rgb_to_ycbcr` gives them
-    Returns:
-        (...,3,H,W), not clamped
-    """
+    "Inverse of `rgb_to_ycbcr` up to the three decimals of the published coefficients (0.003)."
     y, cb, cr = ycbcr.split(1, dim=-3)
     cb, cr = cb - _DELTA, cr - _DELTA
     return torch.cat([y + 1.403 * cr, y - 0.714 * cr - 0.344 * cb, y + 1.773 * cb], dim=-3)
@@ -331,41 +293,21 @@ def ycbcr_to_rgb(ycbcr: Tensor, # (...,3,H,W): Y, Cb, Cr as `rgb_to_ycbcr` gives
 def recolor(fused: Tensor,  # (...,1,H,W) luminance
             vi_rgb: Tensor, # (...,3,H,W) in [0,1], aligned; gray (...,1,H,W) gives a gray result
 ) -> Tensor:                # (...,3,H,W) in [0,1]
-    """Put the chroma of the visible image back on a fused luminance (differentiable in `fused`).
-
-    Args:
-        fused: (...,1,H,W) luminance
-        vi_rgb: (...,3,H,W) in [0,1], aligned; gray (...,1,H,W) gives a gray result
-    Returns:
-        (...,3,H,W) in [0,1]
-    """
+    "Put the chroma of the visible image back on a fused luminance (differentiable in `fused`)."
     if vi_rgb.shape[-3] == 1: return fused.clamp(0, 1).expand(*fused.shape[:-3], 3, -1, -1)
     return ycbcr_to_rgb(torch.cat([fused, rgb_to_ycbcr(vi_rgb)[..., 1:, :, :]], dim=-3)).clamp(0, 1)
 
 # %% ../../nbs/lib/04_pictures.ipynb #b7f4346e
 def to_uint8(image: Tensor, # (C,H,W) float
 ) -> Tensor:                # (C,H,W) uint8
-    """Clip to [0, 1] and round to 8 bits.
-
-    Args:
-        image: (C,H,W) float
-    Returns:
-        (C,H,W) uint8
-    """
+    "Clip to [0, 1] and round to 8 bits."
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../../nbs/lib/04_pictures.ipynb #1a4076db
 def recolor_uint8(fused: Tensor,  # (1,H,W) float luminance
                   vi_rgb: Tensor, # (3,H,W) in [0,1]
 ) -> Tensor:                      # (3,H,W) uint8
-    """`recolor` in OpenCV's 8-bit arithmetic, for files.
-
-    Args:
-        fused: (1,H,W) float luminance
-        vi_rgb: (3,H,W) in [0,1]
-    Returns:
-        (3,H,W) uint8
-    """
+    "`recolor` in OpenCV's 8-bit arithmetic, for files."
     vi8 = np.ascontiguousarray(to_uint8(vi_rgb).permute(1, 2, 0).numpy())
     ycrcb = cv2.cvtColor(vi8, cv2.COLOR_RGB2YCrCb)
     ycrcb[..., 0] = to_uint8(fused)[0].numpy()
@@ -374,11 +316,7 @@ def recolor_uint8(fused: Tensor,  # (1,H,W) float luminance
 # %% ../../nbs/lib/04_pictures.ipynb #2a9bc4d2
 def png(image: Tensor, # (1,H,W) or RGB (3,H,W), uint8, or float in [0,1]
 ) -> bytes:
-    """An 8-bit PNG. Raises `CafError` on values that are no numbers.
-
-    Args:
-        image: (1,H,W) or RGB (3,H,W), uint8, or float in [0,1]
-    """
+    "An 8-bit PNG. Raises `CafError` on values that are no numbers."
     if image.is_floating_point() and image.isnan().any():
         raise CafError("the picture has values that are no numbers (NaN)", remedy="Look for where they come from")
     pixels = (image if image.dtype == torch.uint8 else to_uint8(image)).permute(1, 2, 0).cpu().numpy()
@@ -389,12 +327,7 @@ def png(image: Tensor, # (1,H,W) or RGB (3,H,W), uint8, or float in [0,1]
 def write_png(path: str | Path, # ends in .png
               image: Tensor,    # as for `png`
 ) -> None:
-    """Write an 8-bit PNG atomically. Raises `CafError` if the folder is not writable, and on values that are no numbers.
-
-    Args:
-        path: ends in .png
-        image: as for `png`
-    """
+    "Write an 8-bit PNG atomically. Raises `CafError` if the folder is not writable, and on values that are no numbers."
     content = png(image)
     with replacing(path) as part: part.write_bytes(content)
 
@@ -426,16 +359,7 @@ def read_pair(ir: str | Path, # infrared file
               max_pixels: int | None = None, # as in `read_image`
               levels: Levels | None = None,  # likewise, of the infrared file
 ) -> tuple[Tensor, Tensor]:   # ir (1,H,W) and vi as RGB (3,H,W), float32 in [0,1]
-    """Read an aligned pair. Raises `CafError` if a file cannot be read or the sizes differ.
-
-    Args:
-        ir: infrared file
-        vi: visible file
-        max_pixels: as in `read_image`
-        levels: likewise, of the infrared file
-    Returns:
-        ir (1,H,W) and vi as RGB (3,H,W), float32 in [0,1]
-    """
+    "Read an aligned pair. Raises `CafError` if a file cannot be read or the sizes differ."
     if Path(ir) == Path(vi) and (four := _split_four(Path(ir), max_pixels)): return four
     ir_image, vi_image = _read_ir(Path(ir), max_pixels, levels), read_image(vi, max_pixels)
     (h, w), (vi_h, vi_w) = ir_image.shape[1:], vi_image.shape[1:]
@@ -457,12 +381,7 @@ def percentile_levels(paths: Sequence[Path],  # infrared files of one folder
                       max_pixels: int | None = None,
                       share: float = 0.5,      # percent below the lower and above the upper level
 ) -> Levels:
-    """One pair of levels for a folder, so that its pictures compare. Raises `CafError` if their pixels differ in type.
-
-    Args:
-        paths: infrared files of one folder
-        share: percent below the lower and above the upper level
-    """
+    "One pair of levels for a folder, so that its pictures compare. Raises `CafError` if their pixels differ in type."
     drawn: list[np.ndarray] = []
     for path in paths:
         pixels = read_pixels(path, max_pixels)
@@ -475,14 +394,7 @@ def percentile_levels(paths: Sequence[Path],  # infrared files of one folder
 def raise_contrast(ir: Tensor, # (1,H,W) in [0,1]
                    how: str,   # none, adaptive or equal
 ) -> Tensor:                   # (1,H,W) in [0,1]
-    """Spread the gray levels of a picture, by `skimage.exposure`. Raises `CafError` on a way that it does not know.
-
-    Args:
-        ir: (1,H,W) in [0,1]
-        how: none, adaptive or equal
-    Returns:
-        (1,H,W) in [0,1]
-    """
+    "Spread the gray levels of a picture, by `skimage.exposure`. Raises `CafError` on a way that it does not know."
     if how == "none": return ir
     from skimage.exposure import equalize_adapthist, equalize_hist
     ways: dict[str, Any] = {"adaptive": equalize_adapthist, "equal": equalize_hist}
@@ -494,11 +406,7 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 _CODECS = {".mp4": ("libx264", "yuv420p"), ".mov": ("libx264", "yuv420p"), ".mkv": ("ffv1", "bgr0")} # mkv: no loss
 
 class Video:
-    """The frames of a video file. Raises `CafError` if it is none, or too large.
-
-    Args:
-        max_pixels: of a frame, as in `read_image`
-    """
+    "The frames of a video file. Raises `CafError` if it is none, or too large."
 
     def __init__(self, path: str | Path,
                  max_pixels: int | None = None, # of a frame, as in `read_image`
@@ -516,29 +424,17 @@ class Video:
         return optional("av", "video").open(str(self.path), options={"protocol_whitelist": "file"})
 
     def pixels(self) -> Iterator[np.ndarray]: # (H,W) or (H,W,3), uint8 or uint16
-        """Every frame as it is stored.
-
-        Returns:
-            (H,W) or (H,W,3), uint8 or uint16
-        """
+        "Every frame as it is stored."
         form = {(True, 255.): "gray", (True, 65535.): "gray16le", (False, 255.): "rgb24", (False, 65535.): "rgb48le"}
         with decoding(self.path), self._open() as file:
             for frame in file.decode(video=0): yield frame.to_ndarray(format=form[self.gray, self.white])
 
     def frames(self, levels: Levels | None = None) -> Iterator[Tensor]: # (1,H,W) or (3,H,W) in [0,1]
-        """Every frame, as `read_image` gives a picture.
-
-        Returns:
-            (1,H,W) or (3,H,W) in [0,1]
-        """
+        "Every frame, as `read_image` gives a picture."
         for pixels in self.pixels(): yield _as_image(pixels, self.white, levels, self.path)
 
     def percentile_levels(self, share: float = 0.5) -> Levels: # as the function of this name
-        """One pair of levels for the whole video.
-
-        Returns:
-            as the function of this name
-        """
+        "One pair of levels for the whole video."
         every = max(self.count // 64, 1)
         drawn = [_gray_sample(pixels) for pixels in islice(self.pixels(), 0, None, every)]
         return _between(drawn, share)
@@ -549,15 +445,7 @@ def write_video(path: str | Path,         # .mp4, .mov (H.264), or .mkv (FFV1, w
                 rate: Fraction,           # frames a second
 ) -> int:                                 # how many
     """Write a video atomically; a row or column is repeated where H.264 needs an even number. Raises `CafError` if that
-    is not possible.
-
-    Args:
-        path: .mp4, .mov (H.264), or .mkv (FFV1, without loss)
-        frames: uint8 (1,H,W) or (3,H,W), of one size
-        rate: frames a second
-    Returns:
-        how many
-    """
+    is not possible."""
     av, path, n = optional("av", "video"), Path(path), 0
     if path.suffix.lower() not in _CODECS:
         raise CafError("no video is written in this format", path, f"Choose from {', '.join(_CODECS)}")
@@ -584,13 +472,7 @@ class Pair(NamedTuple):
 def by_stem(paths: Iterable[Path],
             extensions: Sequence[str] = EXTENSIONS, # lower case
 ) -> tuple[dict[str, Path], list[Path]]:            # files by stem, and further files with one of these stems
-    """Index files by stem, without hidden files and other extensions.
-
-    Args:
-        extensions: lower case
-    Returns:
-        files by stem, and further files with one of these stems
-    """
+    "Index files by stem, without hidden files and other extensions."
     files: dict[str, Path] = {}
     wanted = [p for p in sorted(paths) if not p.name.startswith(".") and p.suffix.lower() in extensions]
     doubles = [path for path in wanted if files.setdefault(path.stem, path) is not path]
@@ -618,11 +500,7 @@ class LazySequence(Sequence[_T]):
 
 # %% ../../nbs/lib/04_pictures.ipynb #ab9fdd98
 class PairFolder(LazySequence[Pair]):
-    """Pairs of two folders, matched by stem and sorted. Raises `CafError` if a folder is empty or no stem matches.
-
-    Args:
-        vi: folder of visible images
-    """
+    "Pairs of two folders, matched by stem and sorted. Raises `CafError` if a folder is empty or no stem matches."
 
     def __init__(self, ir: str | Path, # folder of infrared images
                  vi: str | Path,       # folder of visible images
@@ -664,13 +542,7 @@ def _shift(ir: Tensor, vi: Tensor) -> tuple[float, ...]: # rows, columns; how mu
 
 def pair_shift(pairs: Iterable[tuple[Tensor, Tensor]], # ir (1,H,W) and vi (1,H,W) or (3,H,W); a handful
 ) -> tuple[int, int] | None:                           # rows and columns by which `ir` lies further; None: none seen
-    """By how many pixels the pairs are shifted, where most of at least three agree.
-
-    Args:
-        pairs: ir (1,H,W) and vi (1,H,W) or (3,H,W); a handful
-    Returns:
-        rows and columns by which `ir` lies further; None: none seen
-    """
+    "By how many pixels the pairs are shifted, where most of at least three agree."
     found = np.array([_shift(ir, vi) for ir, vi in pairs if min(ir.shape[1:]) >= 32]).reshape(-1, 4)
     if len(found) < 3: return None
     middle = np.median(found[:, :2], axis=0)
@@ -689,13 +561,7 @@ def marked(image: Tensor,               # (1,H,W) or RGB (3,H,W), uint8 or float
            boxes: Tensor | None = None, # (n,5) as in `Scene`
            mask: Tensor | None = None,  # (H,W) class index
 ) -> Image.Image:
-    """A picture with its labels, for eyes.
-
-    Args:
-        image: (1,H,W) or RGB (3,H,W), uint8 or float in [0,1]
-        boxes: (n,5) as in `Scene`
-        mask: (H,W) class index
-    """
+    "A picture with its labels, for eyes."
     pixels = (image if image.dtype == torch.uint8 else to_uint8(image)).expand(3, -1, -1).permute(1, 2, 0).cpu()
     if mask is not None and mask.any():
         tint = torch.tensor(_CLASS_COLOURS, dtype=torch.float32)[(mask.cpu() - 1) % len(_CLASS_COLOURS)]
@@ -712,12 +578,7 @@ def marked(image: Tensor,               # (1,H,W) or RGB (3,H,W), uint8 or float
 def html_row(pictures: Mapping[str, Image.Image], # by title
              side: int = 256,                     # of the longer side, in pixels of the page
 ) -> str:
-    """Pictures side by side for a notebook or a page, without any file beside it.
-
-    Args:
-        pictures: by title
-        side: of the longer side, in pixels of the page
-    """
+    "Pictures side by side for a notebook or a page, without any file beside it."
     def shown(title: str, picture: Image.Image) -> str:
         stream = io.BytesIO()
         picture.save(stream, "PNG")
@@ -729,14 +590,7 @@ def html_row(pictures: Mapping[str, Image.Image], # by title
 
 # %% ../../nbs/lib/04_pictures.ipynb #9555eea9
 class Scene(NamedTuple):
-    """One labelled pair.
-
-    Fields:
-        ir: (1,H,W) float32 in [0,1]
-        vi: RGB (3,H,W) float32 in [0,1]
-        boxes: (n,5) float32: class, centre x, centre y, width, height; relative to the image
-        mask: (H,W) int64 class index
-    """
+    "One labelled pair."
     stem: str
     ir: Tensor    # (1,H,W) float32 in [0,1]
     vi: Tensor    # RGB (3,H,W) float32 in [0,1]
@@ -748,14 +602,7 @@ class Scene(NamedTuple):
         return html_row({f"{self.stem}: infrared": marked(self.ir, self.boxes), "visible": visible})
 
 class Batch(NamedTuple):
-    """Scenes of one size, stacked.
-
-    Fields:
-        ir: (B,1,H,W)
-        vi: (B,3,H,W)
-        boxes: B tensors (n,5)
-        mask: (B,H,W)
-    """
+    "Scenes of one size, stacked."
     ir: Tensor          # (B,1,H,W)
     vi: Tensor          # (B,3,H,W)
     boxes: list[Tensor] # B tensors (n,5)
@@ -768,11 +615,7 @@ class Batch(NamedTuple):
 # %% ../../nbs/lib/04_pictures.ipynb #4131f48f
 def collate(scenes: Sequence[Scene], # of one size
 ) -> Batch:
-    """Stack scenes to a batch. Raises `CafError` if their sizes differ.
-
-    Args:
-        scenes: of one size
-    """
+    "Stack scenes to a batch. Raises `CafError` if their sizes differ."
     if len({s.ir.shape for s in scenes}) > 1:
         raise CafError("the scenes of a batch have different sizes", remedy="Crop or scale them to one size")
     return Batch(torch.stack([s.ir for s in scenes]), torch.stack([s.vi for s in scenes]),
@@ -782,12 +625,6 @@ def batches(scenes: Sequence[Scene],     # of one size
             batch_size: int,             # the last batch may be smaller
             generator: torch.Generator,  # of the order
 ) -> Iterator[Batch]:
-    """One pass over `scenes` in random order.
-
-    Args:
-        scenes: of one size
-        batch_size: the last batch may be smaller
-        generator: of the order
-    """
+    "One pass over `scenes` in random order."
     for chosen in torch.randperm(len(scenes), generator=generator).split(batch_size):
         yield collate([scenes[i] for i in chosen.tolist()])

@@ -61,25 +61,13 @@ def _find(root: Path, *needed: tuple[str, ...]) -> list[Path]:
 NOTES = ("flipped copy", "unnamed classes", "no boxes", "black border", "near infrared only", "shifted") # worth knowing, not wrong
 
 class Finding(NamedTuple):
-    """Something wrong, or worth knowing, about one file.
-
-    Fields:
-        kind: as in the table above
-        detail: one clause
-    """
+    "Something wrong, or worth knowing, about one file."
     kind: str      # as in the table above
     file: Path
     detail: str    # one clause
 
 class Item(NamedTuple):
-    """The files of one scene, not yet read.
-
-    Fields:
-        vi: the same file as `ir` in MFNet
-        boxes: .xml (Pascal VOC) or .txt (YOLO rows)
-        mask: class numbers
-        parts: "train", "val", "test", "test_day", ...
-    """
+    "The files of one scene, not yet read."
     stem: str
     ir: Path
     vi: Path                       # the same file as `ir` in MFNet
@@ -211,11 +199,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 # %% ../../nbs/lib/05_sets.ipynb #5a8833fa
 def listed_names(path: Path) -> tuple[str, ...]: # a data.yaml
-    """The classes in the order of their numbers. Raises `CafError` without a list of them.
-
-    Returns:
-        a data.yaml
-    """
+    "The classes in the order of their numbers. Raises `CafError` without a list of them."
     names = read_yaml(path).get("names")
     if isinstance(names, dict) and all(type(key) is int for key in names) and {*names} == {*range(len(names))}:
         names = [names[key] for key in sorted(names)]
@@ -234,14 +218,7 @@ def _listed_names(*folders: Path) -> tuple[str, ...] | None:
 def read_mask(path: Path,   # 8-bit PNG of class numbers, gray or with a palette
               classes: int, # how many there are
 ) -> Tensor:                # (H,W) int64
-    """Read an index mask. Raises `CafError` if it is no image, is coloured, or holds a number beyond `classes`.
-
-    Args:
-        path: 8-bit PNG of class numbers, gray or with a palette
-        classes: how many there are
-    Returns:
-        (H,W) int64
-    """
+    "Read an index mask. Raises `CafError` if it is no image, is coloured, or holds a number beyond `classes`."
     pixels, remedy = read_pixels(path), "Take the index masks of the archive"
     if pixels.ndim != 2 or pixels.dtype.kind == "f":
         raise CafError("is a picture, not a map of class numbers", path, remedy)
@@ -301,22 +278,13 @@ _HEADER_FORM = re.compile(r"# caf_nb split of (\w+), version (\d{1,9}): seed (\d
                           r"ratio ([\d.e+-]+) ([\d.e+-]+) ([\d.e+-]+) \(train val test\)")
 
 class Member(NamedTuple):
-    """Where one image belongs.
-
-    Fields:
-        part: "train", "val" or "test"
-        scene: images of one scene are never in two parts; -1: decided by the authors
-    """
+    "Where one image belongs."
     part: str    # "train", "val" or "test"
     scene: int   # images of one scene are never in two parts; -1: decided by the authors
     stem: str
 
 class Split(NamedTuple):
-    """A partition of a data set that can be written down.
-
-    Fields:
-        ratio: train, val, test, as asked for
-    """
+    "A partition of a data set that can be written down."
     dataset: str
     seed: int
     ratio: tuple[float, float, float] # train, val, test, as asked for
@@ -400,13 +368,7 @@ class _Archive(LazySequence[Scene]):
 
 # %% ../../nbs/lib/05_sets.ipynb #1517c576
 class Published(_Archive):
-    """A labelled set of pairs: `published[i]` is a `Scene`, decoded on access.
-
-    Args:
-        split: "all", "train", "val", "test" or another part of the set
-        split_file: of `caf-data prepare`; default: split/NAME.txt in `root`
-        names: of numbered classes, in the order of their numbers
-    """
+    "A labelled set of pairs: `published[i]` is a `Scene`, decoded on access."
 
     def __init__(self, root: str | Path,                    # where the archive was unpacked
                  split: str = "all",                        # "all", "train", "val", "test" or another part of the set
@@ -486,11 +448,7 @@ def _class_number(published: Published, name: str) -> int | None:
 
 # %% ../../nbs/lib/05_sets.ipynb #8ff570df
 def box_fault(corners: Sequence[float]) -> str | None: # "empty box", "outside", or None
-    """What is wrong with left, top, right, bottom as fractions of the image.
-
-    Returns:
-        "empty box", "outside", or None
-    """
+    "What is wrong with left, top, right, bottom as fractions of the image."
     if corners[2] <= corners[0] or corners[3] <= corners[1]: return "empty box"
     return "outside" if min(corners) < -1e-6 or max(corners) > 1 + 1e-6 else None
 
@@ -521,11 +479,7 @@ def box_facts(published: Published, item: Item, size: tuple[int, int]) -> Iterat
 
 # %% ../../nbs/lib/05_sets.ipynb #17c2ef7b
 def box_rows(published: Published, item: Item, size: tuple[int, int]) -> Tensor: # (n,5) float32, as in `Scene`
-    """The boxes of an item. Raises `CafError` if `box_facts` finds anything wrong, or if nothing names their classes.
-
-    Returns:
-        (n,5) float32, as in `Scene`
-    """
+    "The boxes of an item. Raises `CafError` if `box_facts` finds anything wrong, or if nothing names their classes."
     if unnamed(published, item):
         cause = "numbers its classes and nothing says what the numbers mean"
         raise CafError(cause, item.boxes or item.mask, "Pass names=, or put a classes.txt beside the folder")
@@ -720,13 +674,7 @@ READERS = {reader.name: reader for reader in _ALL}
 
 def where(dataset: str,     # a key of `READERS`
 ) -> type[Published]:       # with `title`, `page`, `licence`, `pairs` and `tree`
-    """The reader of a data set. Raises `CafError` on any other name.
-
-    Args:
-        dataset: a key of `READERS`
-    Returns:
-        with `title`, `page`, `licence`, `pairs` and `tree`
-    """
+    "The reader of a data set. Raises `CafError` on any other name."
     if dataset in READERS: return READERS[dataset]
     raise UnknownName(f"there is no data set {dataset!r}", remedy=f"Choose one of {', '.join(READERS)}")
 
@@ -736,15 +684,5 @@ def load_dataset(name: str,                            # a key of `READERS`
                  split_file: str | Path | None = None, # of `caf-data prepare`; default: split/NAME.txt in `root`
                  names: Sequence[str] | None = None,   # of numbered classes, in the order of their numbers
 ) -> Published:                                        # scenes, decoded on access
-    """One part of a published data set. Raises `CafError` if the name, the layout or the part is unknown.
-
-    Args:
-        name: a key of `READERS`
-        root: where the archive was unpacked
-        split: "all", "train", "val", "test"
-        split_file: of `caf-data prepare`; default: split/NAME.txt in `root`
-        names: of numbered classes, in the order of their numbers
-    Returns:
-        scenes, decoded on access
-    """
+    "One part of a published data set. Raises `CafError` if the name, the layout or the part is unknown."
     return where(name)(root, split, split_file, names)

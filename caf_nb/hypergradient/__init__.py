@@ -178,22 +178,7 @@ def hypergradient(net: nn.Module,            # F(ir, vi) -> fused; run in the mo
                   r: float | None = None,    # finite_difference: length of the step in parameter space; default 1e-4
                   neumann_terms: int | None = None, # neumann: K, at least 1
 ) -> Tensor:                                 # like `alpha`; 15: in the order of TERMS
-    """Derivative of the validation loss by alpha, Eq. 3. Changes nothing in `net`. Raises `CafError` on bad arguments.
-
-    Args:
-        net: F(ir, vi) -> fused; run in the mode (train or eval) that it is in
-        space: or any function (fused, ir, vi, alpha) -> scalar
-        alpha: (15,) logits, beta = softmax(alpha); for a function: any shape
-        train: (ir, vi), each (B,1,H,W) in [0,1]
-        val_loss: given fuse(ir, vi), the scalar task loss on validation data
-        lr: eta of the unrolled step
-        targets: `space.targets(*train)`; computed if absent
-        gradient: of the training loss by omega_f; computed if absent
-        r: finite_difference: length of the step in parameter space; default 1e-4
-        neumann_terms: neumann: K, at least 1
-    Returns:
-        like `alpha`; 15: in the order of TERMS
-    """
+    "Derivative of the validation loss by alpha, Eq. 3. Changes nothing in `net`. Raises `CafError` on bad arguments."
     _check_call(space, alpha, lr, kind, gradient=gradient, r=r, neumann_terms=neumann_terms)
     devices = [alpha.device] if alpha.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), _full_float32():

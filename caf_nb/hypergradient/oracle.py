@@ -42,19 +42,7 @@ def textbook_hypergradient(net: nn.Module,                  # F(ir, vi) -> fused
                            lr: float,                       # eta of the unrolled step
                            r: float = 0.01,                 # the released code's
 ) -> Tensor:                                                # (15,), with respect to alpha, in the order of TERMS
-    """Equation 3 with a copied model, weights shifted in place, and automatic differentiation for every gradient.
-
-    Args:
-        net: F(ir, vi) -> fused; left with traces, see above
-        make_space: called once per step, as in the released code
-        alpha: (15,) logits; beta = softmax(alpha)
-        train: (ir, vi), each (B,1,H,W) in [0,1]
-        val_loss: given fuse(ir, vi), the scalar task loss
-        lr: eta of the unrolled step
-        r: the released code's
-    Returns:
-        (15,), with respect to alpha, in the order of TERMS
-    """
+    "Equation 3 with a copied model, weights shifted in place, and automatic differentiation for every gradient."
     space, alpha, params = make_space(), alpha.detach().clone().requires_grad_(), list(net.parameters())
     def loss() -> Tensor: return space(net(*train), *train, alpha.softmax(0))
     steps = grad(loss(), params)
@@ -73,14 +61,7 @@ def textbook_hypergradient(net: nn.Module,                  # F(ir, vi) -> fused
 def write_whole(vgg: Vgg,   # whose weights it gets; the classifier is random
                 file: Path, # about 528 MB
 ) -> Path:                  # `file`
-    """A file like torchvision's of the whole of VGG-16.
-
-    Args:
-        vgg: whose weights it gets; the classifier is random
-        file: about 528 MB
-    Returns:
-        `file`
-    """
+    "A file like torchvision's of the whole of VGG-16."
     from torchvision.models import vgg16
 
     state = vgg16(weights=None, init_weights=False).state_dict()
@@ -92,12 +73,7 @@ def textbook_space(variant: Literal["paper", "released"] | Variant,
                    file: Path,             # of `write_whole`, or torchvision's own
                    pretrained: str,        # what its weights are
 ) -> LossSpace:
-    """A loss with a VGG-16 built from nothing and read from a file, classifier and all.
-
-    Args:
-        file: of `write_whole`, or torchvision's own
-        pretrained: what its weights are
-    """
+    "A loss with a VGG-16 built from nothing and read from a file, classifier and all."
     from torchvision.models import vgg16
 
     with torch.device("meta"): whole = vgg16(weights=None, init_weights=False) # half a gigabyte, if the file has it
@@ -121,13 +97,7 @@ def _traces(before: nn.Module, # a copy from before the call
 def peak_memory(call: Callable[[], object], # run once
                 device: torch.device = torch.device("cpu"),
 ) -> int:                                   # bytes of tensors beyond what was there before
-    """The most memory that tensors held during `call`.
-
-    Args:
-        call: run once
-    Returns:
-        bytes of tensors beyond what was there before
-    """
+    "The most memory that tensors held during `call`."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -145,11 +115,7 @@ def peak_memory(call: Callable[[], object], # run once
 
 # %% ../../nbs/lib/20_oracle.ipynb #db20b32b
 def between() -> dict[str, Variant]: # paper, then one field changed each, then released
-    """The printed loss, with one difference each, and with all of them.
-
-    Returns:
-        paper, then one field changed each, then released
-    """
+    "The printed loss, with one difference each, and with all of them."
     changed = {name: getattr(RELEASED, name) for name in Variant.model_fields} | {"fixed": 0.0}
     single = {name: PAPER.model_copy(update={name: value}) for name, value in changed.items()}
     return {"paper": PAPER, **single, "released": RELEASED}
@@ -161,16 +127,7 @@ def loss_effects(net: nn.Module,                     # in the mode in which it i
                  val_loss: Callable[[Fuse], Tensor], # as for `hypergradient`
                  lr: float,                          # eta
 ) -> pd.DataFrame:                                   # one row per variant
-    """Loss of each variant at equal weights, and its hypergradient's cosine and norm against the paper's.
-
-    Args:
-        net: in the mode in which it is searched
-        train: (ir, vi), each (B,1,H,W) in [0,1]
-        val_loss: as for `hypergradient`
-        lr: eta
-    Returns:
-        one row per variant
-    """
+    "Loss of each variant at equal weights, and its hypergradient's cosine and norm against the paper's."
     equal, rows = torch.zeros(len(TERMS), device=train[0].device), {}
     with torch.no_grad(): fused = deepcopy(net)(*train)
     for name, variant in between().items():
@@ -214,12 +171,7 @@ def _clamped(fused: Tensor, vi: Tensor) -> float:
 def picture_effects(fused: Tensor, # (B,1,H,W), raw output of the network
                     vi: Tensor,    # (B,3,H,W) in [0,1]
 ) -> dict[str, float]:
-    """What the released evaluation does to a fused image.
-
-    Args:
-        fused: (B,1,H,W), raw output of the network
-        vi: (B,3,H,W) in [0,1]
-    """
+    "What the released evaluation does to a fused image."
     right, bytes_ = (255 * fused.clamp(0, 1)).round(), (255 * fused).trunc().to(torch.int64) % 256
     wrapped = fused < -1 / 255
     blue = recolor(fused.clamp(0, 1), vi)[:, 2:]
@@ -235,13 +187,7 @@ def released_loop(net: nn.Module,                          # FusionNet, as loade
                   pairs: Sequence[tuple[str, Path, Path]], # stem, infrared and visible file
                   out: Path,                               # folder for STEM.png
 ) -> None:
-    """Fuse files as the released evaluation does. Source: our notes on the released script.
-
-    Args:
-        net: FusionNet, as loaded
-        pairs: stem, infrared and visible file
-        out: folder for STEM.png
-    """
+    "Fuse files as the released evaluation does. Source: our notes on the released script."
     from kornia.color import rgb_to_ycbcr
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
         for stem, ir, vi in pairs:

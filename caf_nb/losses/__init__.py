@@ -24,17 +24,7 @@ from .vgg import Vgg, load_vgg
 
 # %% ../../nbs/lib/11_losses.ipynb #1a6b0496
 class Variant(BaseModel):
-    """How the terms are computed. The defaults are Figure 1 as printed.
-
-    Fields:
-        fixed: weight of each of the two masked squared errors
-        ssim_window: pixels
-        ssim_halved: half of 1 - SSIM, each pixel clamped to [0, 1]
-        border: of the edges; "constant" pads with zeros
-        first_layer_only: perceptual: five times the mean abs difference after the first convolution
-        perceptual_scale: factor of the perceptual terms beside their weight
-        perceptual_gradient: whether they reach the fused image
-    """
+    "How the terms are computed. The defaults are Figure 1 as printed."
     model_config = ConfigDict(extra="forbid", frozen=True)
     fixed: float = 0.5                # weight of each of the two masked squared errors
     ssim_window: int = 11             # pixels
@@ -68,14 +58,7 @@ def _saliency(image: Tensor, # (B,1,H,W) in [0,1]
 def saliency_weights(ir: Tensor,    # (B,1,H,W) in [0,1]
                      vi: Tensor,    # (B,1,H,W) in [0,1], aligned with `ir`
 ) -> tuple[Tensor, Tensor]:         # (w_ir, w_vi), each (B,1,H,W) in [0,1]; w_ir + w_vi = 1
-    """Visual-saliency weights of a pair. Raises `CafError` on unequal shapes. Source: paper, text on M.
-
-    Args:
-        ir: (B,1,H,W) in [0,1]
-        vi: (B,1,H,W) in [0,1], aligned with `ir`
-    Returns:
-        (w_ir, w_vi), each (B,1,H,W) in [0,1]; w_ir + w_vi = 1
-    """
+    "Visual-saliency weights of a pair. Raises `CafError` on unequal shapes. Source: paper, text on M."
     if ir.shape != vi.shape:
         raise CafError(f"ir is {tuple(ir.shape)}, vi {tuple(vi.shape)}", remedy="Pass an aligned pair of gray images")
     w_ir = 0.5 + 0.5 * (_saliency(ir) - _saliency(vi))
@@ -85,29 +68,14 @@ def saliency_weights(ir: Tensor,    # (B,1,H,W) in [0,1]
 def edges(image: Tensor,                                           # (B,1,H,W)
           padding: Literal["replicate", "constant"] = "replicate", # "constant": zeros, as the released code
 ) -> Tensor:                                                       # (B,1,H,W), non-negative
-    """Sobel edge strength, abs(Gx) + abs(Gy).
-
-    Args:
-        image: (B,1,H,W)
-        padding: "constant": zeros, as the released code
-    Returns:
-        (B,1,H,W), non-negative
-    """
+    "Sobel edge strength, abs(Gx) + abs(Gy)."
     gx = image.new_tensor([[-1., 0., 1.], [-2., 0., 2.], [-1., 0., 1.]])
     kernels = torch.stack([gx, gx.T])[:, None]
     return F.conv2d(F.pad(image, (1, 1, 1, 1), mode=padding), kernels).abs().sum(1, keepdim=True)
 
 # %% ../../nbs/lib/11_losses.ipynb #16cf4778
 class Targets(NamedTuple):
-    """What the fused image is compared with; every tensor is (B,1,H,W).
-
-    Fields:
-        high: max(ir, vi)
-        w_ir: saliency mask M
-        w_vi: 1 - M
-        grad_ir: edge strength
-        features_ir: maps of VGG: five, or one if `first_layer_only`
-    """
+    "What the fused image is compared with; every tensor is (B,1,H,W)."
     ir: Tensor
     vi: Tensor
     high: Tensor               # max(ir, vi)
@@ -164,13 +132,7 @@ class _Inputs(nn.Module):
 
 # %% ../../nbs/lib/11_losses.ipynb #1a71634b
 class Term(NamedTuple):
-    """A weighted term of Figure 1. Call it for its value.
-
-    Fields:
-        letter: of its weight in Figure 1: a to o
-        reference: what the fused image is compared with
-        formula: LaTeX; F: fused image, M: saliency mask, bar: mean over pixels and batch
-    """
+    "A weighted term of Figure 1. Call it for its value."
     letter: str                        # of its weight in Figure 1: a to o
     reference: Literal["ir", "vi", "max"]  # what the fused image is compared with
     formula: str                       # LaTeX; F: fused image, M: saliency mask, bar: mean over pixels and batch
@@ -278,13 +240,7 @@ TERMS = tuple(term.name for term in TERM_TABLE)
 
 # %% ../../nbs/lib/11_losses.ipynb #a4bf11c7
 class LossSpace(_Inputs):
-    """The loss of Figure 1. Raises `CafError` on images or weights that do not fit.
-
-    Fields:
-        scale: (15,) factor of each term beside its weight: dL/dbeta = scale * terms
-    Args:
-        vgg: features of terms n and o: a `Vgg`, or what `load_vgg` takes
-    """
+    "The loss of Figure 1. Raises `CafError` on images or weights that do not fit."
     scale: Tensor  # (15,) factor of each term beside its weight: dL/dbeta = scale * terms
 
     def __init__(self, variant: Literal["paper", "released"] | Variant = "paper",
@@ -299,15 +255,7 @@ class LossSpace(_Inputs):
               vi: Tensor,                     # (B,1,H,W) in [0,1]
               targets: Targets | None = None, # `self.targets(ir, vi)`; computed if absent
     ) -> Tensor:                              # (15,), in the order of TERMS
-        """The fifteen terms, unweighted.
-
-        Args:
-            ir: (B,1,H,W) in [0,1]
-            vi: (B,1,H,W) in [0,1]
-            targets: `self.targets(ir, vi)`; computed if absent
-        Returns:
-            (15,), in the order of TERMS
-        """
+        "The fifteen terms, unweighted."
         t = targets or self.targets(ir, vi)
         _check(fused, ir)
         f = self.fused(fused)
@@ -328,14 +276,7 @@ class LossSpace(_Inputs):
                 beta: Tensor,                                # (15,), on the simplex if it comes from the search
                 targets: Targets | None = None,              # as for `terms`
     ) -> Tensor:                                             # scalar
-        """The weighted loss L_f(beta) of the fusion network.
-
-        Args:
-            beta: (15,), on the simplex if it comes from the search
-            targets: as for `terms`
-        Returns:
-            scalar
-        """
+        "The weighted loss L_f(beta) of the fusion network."
         t = targets or self.targets(ir, vi)
         return self.weigh(self.terms(fused, ir, vi, t), self.fixed(fused, t), beta)
 
@@ -348,11 +289,7 @@ class LossSpace(_Inputs):
 # %% ../../nbs/lib/11_losses.ipynb #88c879dc
 def forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor, # images: (1,1,H,W) in [0,1]
 ) -> Tensor: # (15,H,W), in the order of TERMS; 0 where a term does not reach the image
-    """Where each term pushes the fused image: minus its gradient.
-
-    Returns:
-        (15,H,W), in the order of TERMS; 0 where a term does not reach the image
-    """
+    "Where each term pushes the fused image: minus its gradient."
     fused = fused.detach().clone().requires_grad_()
     found = [torch.autograd.grad(term, fused, retain_graph=True, materialize_grads=True)[0] if term.requires_grad
              else torch.zeros_like(fused) for term in space.terms(fused, ir, vi).unbind()]
@@ -360,11 +297,7 @@ def forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor, # images: (1
 
 # %% ../../nbs/lib/11_losses.ipynb #39100b0c
 def show_forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor) -> list[Axes]: # arguments as for `forces`
-    """Figure 1 as pictures: letter, name, formula and force of every term, each scaled to its own 99th percentile.
-
-    Returns:
-        arguments as for `forces`
-    """
+    "Figure 1 as pictures: letter, name, formula and force of every term, each scaled to its own 99th percentile."
     axes = list(plt.subplots(3, 5, figsize=(7.2, 5.2), layout="constrained")[1].flat)
     for ax, term, push in zip(axes, TERM_TABLE, forces(space, fused, ir, vi), strict=True): _draw_force(term, push, ax)
     return axes

@@ -16,11 +16,7 @@ from ..core import CafError
 
 # %% ../../nbs/lib/10_vgg.ipynb #d7e1e7da
 class Vgg(nn.Module):
-    """The five feature maps of VGG-16 or VGG-19 behind terms n and o. `pretrained` says what its weights are.
-
-    Args:
-        pretrained: for the provenance of a result
-    """
+    "The five feature maps of VGG-16 or VGG-19 behind terms n and o. `pretrained` says what its weights are."
     mean: Tensor
     std: Tensor
 
@@ -92,12 +88,7 @@ def _imagenet_state(name: str, file: Path | None) -> dict[str, Tensor]:
 def load_vgg(weights: str | Path = "random", # random, slim (a quarter of the channels), imagenet, vgg19, or a file
              seed: int = 0,                  # of the random weights
 ) -> Vgg:
-    """VGG-16 features, or VGG-19's. Raises `CafError` if trained weights are asked for and cannot be had.
-
-    Args:
-        weights: random, slim (a quarter of the channels), imagenet, vgg19, or a file
-        seed: of the random weights
-    """
+    "VGG-16 features, or VGG-19's. Raises `CafError` if trained weights are asked for and cannot be had."
     if weights == "slim": return Vgg(_random_layers(seed, divide=4), f"random (seed {seed}), a quarter of the channels")
     if weights == "random": return Vgg(_random_layers(seed), f"random (seed {seed})")
     name, prefix = str(weights), "features."

@@ -151,15 +151,7 @@ def explore(ir: str | Path | None = None, # folder of infrared pictures; None: s
             vi: str | Path | None = None, # likewise, visible
             steps: int = 8,               # of training after each change
 ) -> Any:                                 # a widget
-    """Explore the weights of the loss on a pair. Raises `CafError` on folders without pairs.
-
-    Args:
-        ir: folder of infrared pictures; None: synthetic pairs
-        vi: likewise, visible
-        steps: of training after each change
-    Returns:
-        a widget
-    """
+    "Explore the weights of the loss on a pair. Raises `CafError` on folders without pairs."
     found = PairFolder(ir, vi)[:12] if ir and vi else []
     empty = torch.zeros(0, 5), torch.zeros(0, 0)
     scenes: Sequence[Scene] = [Scene(pair.stem, *read_pair(pair.ir, pair.vi), *empty) for pair in found]

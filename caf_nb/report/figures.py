@@ -37,16 +37,7 @@ def telling_windows(ir: Tensor,       # (1,H,W) in [0,1]
                     side: int | None = None, # in pixels; None: a fifth of the shorter side
                     around: Tensor | None = None, # (n,5) labelled boxes; None: windows anywhere
 ) -> list[Window]: # at most two without overlap: where ir has more edges than vi, and the other way round
-    """Where a fusion has something to lose.
-
-    Args:
-        ir: (1,H,W) in [0,1]
-        vi: (1,H,W) or (3,H,W), aligned
-        side: in pixels; None: a fifth of the shorter side
-        around: (n,5) labelled boxes; None: windows anywhere
-    Returns:
-        at most two without overlap: where ir has more edges than vi, and the other way round
-    """
+    "Where a fusion has something to lose."
     strong = [edges(luma(image)[None]) for image in (ir, vi)]
     side = side or min(ir.shape[1:]) // 5
     h, w = (n - side + 1 for n in ir.shape[1:]) # places for the corner of a window
@@ -65,13 +56,7 @@ def telling_windows(ir: Tensor,       # (1,H,W) in [0,1]
 
 # %% ../../nbs/lib/35_figures.ipynb #5b14e844
 class Boxes(NamedTuple):
-    """Objects in one picture, highest score first.
-
-    Fields:
-        corners: (n,4) left, top, right, bottom in pixels
-        labels: n names
-        scores: (n,) in [0,1]; None for labels
-    """
+    "Objects in one picture, highest score first."
     corners: Tensor             # (n,4) left, top, right, bottom in pixels
     labels: tuple[str, ...]     # n names
     scores: Tensor | None       # (n,) in [0,1]; None for labels
@@ -95,14 +80,7 @@ def labelled(scene: Scene,
 def image_traits(fused: Tensor,  # (1,H,W) in [0,1]
                  scene: Scene,   # with boxes of M3FD
 ) -> dict[str, float]:           # gray levels; nan for people where there are none
-    """Distance to the visible image, contrast, and distance to the infrared image within people's boxes.
-
-    Args:
-        fused: (1,H,W) in [0,1]
-        scene: with boxes of M3FD
-    Returns:
-        gray levels; nan for people where there are none
-    """
+    "Distance to the visible image, contrast, and distance to the infrared image within people's boxes."
     inside = torch.zeros_like(scene.ir, dtype=torch.bool)
     found = labelled(scene, M3FD_CLASSES)
     for (left, top, right, bottom), name in zip(found.corners.round().int().tolist(), found.labels):
@@ -158,18 +136,7 @@ def show_insets(pictures: Mapping[str, Tensor],    # of one pair by method, (1,H
                 boxes: Mapping[str, Boxes] | None = None, # by method: objects to draw
                 width: float = 1.8,                # of a panel, in inches
 ) -> list[Axes]:                                   # one per method
-    """One pair as each method fuses it, with magnified details. Raises `CafError` if a picture has another size.
-
-    Args:
-        pictures: of one pair by method, (1,H,W) or (3,H,W), uint8 or float in [0,1]
-        windows: at most two, the same for all
-        notes: by method: a line below its title
-        columns: panels per row; None: 4 or 5, whichever leaves fewer gaps
-        boxes: by method: objects to draw
-        width: of a panel, in inches
-    Returns:
-        one per method
-    """
+    "One pair as each method fuses it, with magnified details. Raises `CafError` if a picture has another size."
     sizes = {method: tuple(image.shape[1:]) for method, image in pictures.items()}
     if odd := [m for m, size in sizes.items() if size != next(iter(sizes.values()))]:
         raise CafError(f"the picture of {odd[0]} has another size than that of {next(iter(sizes))}",
@@ -191,24 +158,14 @@ def available_rows(stages: Mapping[str, Any], # by row
                    dataset: str,
                    seed: int,
 ) -> list[str]:
-    """The rows whose stages are finished on this machine, or that have no numbers yet.
-
-    Args:
-        stages: by row
-        cells: folder of the finished numbers
-    """
+    "The rows whose stages are finished on this machine, or that have no numbers yet."
     def finished(row, stage): return read_cell(stage, cell_file(cells, dataset, row, seed)) is not None
     return [row for row, stage in stages.items() if stage.infra.status() == "completed" or not finished(row, stage)]
 
 def show_fused(folders: Mapping[str, Path],  # method -> folder that `FuseDataset` wrote
                which: int = 0,               # number of the test picture; past the last one it begins again
 ) -> list[Axes]:
-    """One test picture as each method shows it.
-
-    Args:
-        folders: method -> folder that `FuseDataset` wrote
-        which: number of the test picture; past the last one it begins again
-    """
+    "One test picture as each method shows it."
     pictures = {}
     for method, folder in folders.items():
         files = sorted((folder/"images"/"test").glob("*.png"))
@@ -223,16 +180,7 @@ def detect(detector: Detector | AnchorDetector,
            overlap: float = 0.6,      # IoU above which two boxes are one
            most: int = 300,           # boxes of an image
 ) -> list[Boxes]:                     # one per image
-    """Objects that a detector finds. Works in evaluation mode and leaves the mode as it was.
-
-    Args:
-        images: RGB (B,3,H,W) in [0,1]
-        confidence: lowest score
-        overlap: IoU above which two boxes are one
-        most: boxes of an image
-    Returns:
-        one per image
-    """
+    "Objects that a detector finds. Works in evaluation mode and leaves the mode as it was."
     h, w = images.shape[-2:]
     with contained_ultralytics():
         training, nms = detector.training, optional("ultralytics.utils.nms", "tasks")
@@ -251,27 +199,14 @@ def painted(picture: Tensor,        # (1,H,W) or (3,H,W), uint8 or float in [0,1
             mask: Tensor,           # (H,W) index of MFNET_CLASSES
             opacity: float = 0.7,   # of the colours
 ) -> Tensor:                        # (3,H,W) in [0,1]
-    """A picture with its classes in the colours of MFNet.
-
-    Args:
-        picture: (1,H,W) or (3,H,W), uint8 or float in [0,1]
-        mask: (H,W) index of MFNET_CLASSES
-        opacity: of the colours
-    Returns:
-        (3,H,W) in [0,1]
-    """
+    "A picture with its classes in the colours of MFNet."
     picture = (picture.float() / 255 if picture.dtype == torch.uint8 else picture).expand(3, -1, -1)
     return torch.where(mask > 0, (1 - opacity) * picture + opacity * _MFNET_COLOURS[mask].permute(2, 0, 1), picture)
 
 def class_legend(ax: Axes,               # one of the figure
                  masks: Sequence[Tensor], # (H,W) each
 ) -> None:
-    """Name the classes that occur, below the figure.
-
-    Args:
-        ax: one of the figure
-        masks: (H,W) each
-    """
+    "Name the classes that occur, below the figure."
     shown = sorted({int(i) for mask in masks for i in mask.unique()} - {0})
     colours: Any = _MFNET_COLOURS.tolist()
     patches = [Patch(color=colours[i], label=MFNET_CLASSES[i]) for i in shown]
@@ -283,11 +218,7 @@ def rich_scenes(scenes: Sequence[Scene],
                 n: int = 2,
                 labels: Literal["boxes", "mask"] = "boxes", # where the classes are counted
 ) -> list[Scene]:
-    """The scenes that have the most classes.
-
-    Args:
-        labels: where the classes are counted
-    """
+    "The scenes that have the most classes."
     def kinds(scene): return len((scene.boxes[:, 0] if labels == "boxes" else scene.mask).unique())
     counts = [kinds(scene) for scene in scenes]
     return [scenes[i] for i in sorted(sorted(range(len(counts)), key=lambda i: -counts[i])[:n])]

@@ -46,11 +46,7 @@ def _sets(root: Path) -> list[str]:
 
 # %% ../../nbs/lib/34_gallery.ipynb #9e0d9c2c
 class Sample(NamedTuple):
-    """A pair for a figure.
-
-    Fields:
-        scene: without labels where there are none
-    """
+    "A pair for a figure."
     dataset: str
     scene: Scene # without labels where there are none
 
@@ -61,13 +57,7 @@ def sample_pairs(data_root: str | Path = "",  # folder of data sets, in either f
                  names: Sequence[str] = (),   # such as "tno/01"; empty: the first pair of each
                  seed: int = 0,               # of the synthetic scenes
 ) -> list[Sample]:
-    """Pairs for a figure. Raises `CafError` on a folder without pairs and an unknown name.
-
-    Args:
-        data_root: folder of data sets, in either form; "" for two synthetic scenes
-        names: such as "tno/01"; empty: the first pair of each
-        seed: of the synthetic scenes
-    """
+    "Pairs for a figure. Raises `CafError` on a folder without pairs and an unknown name."
     if not str(data_root): return [Sample("synthetic", scene) for scene in SynthScenes(4, 192, seed=seed)[1:3]]
     root = Path(data_root)
     datasets = list(dict.fromkeys(n.partition("/")[0] for n in names)) or _sets(root)
@@ -97,18 +87,7 @@ def pair_folders(data_root: str | Path,           # folder of data sets, in eith
                  size: int = 96,                  # side of the synthetic scenes, in pixels
                  seed: int = 0,                   # of the synthetic scenes
 ) -> dict[str, Path]:                             # data set -> folder with ir/ and vi/
-    """Pairs to fuse. Raises `CafError` on a missing data set.
-
-    Args:
-        data_root: folder of data sets, in either form; "" for synthetic scenes
-        datasets: their names, or one string with commas
-        copies: where what is copied is written
-        at_most: pairs of a set; 0: all (24 synthetic ones)
-        size: side of the synthetic scenes, in pixels
-        seed: of the synthetic scenes
-    Returns:
-        data set -> folder with ir/ and vi/
-    """
+    "Pairs to fuse. Raises `CafError` on a missing data set."
     if not str(data_root):
         return {"synthetic": _copied(SynthScenes(at_most or 24, size, seed=seed), copies/"synthetic")}
     given = datasets.split(",") if isinstance(datasets, str) else datasets
@@ -124,20 +103,12 @@ def pair_folders(data_root: str | Path,           # folder of data sets, in eith
 
 # %% ../../nbs/lib/34_gallery.ipynb #66dcef10
 class Gallery(NamedTuple):
-    """The methods in a figure, and those that are left out.
-
-    Fields:
-        left_out: method -> a sentence
-    """
+    "The methods in a figure, and those that are left out."
     models: dict[str, Model]
     left_out: dict[str, str] # method -> a sentence
 
     def pictures(self, samples: Sequence[Sample]) -> dict[str, dict[str, Tensor]]: # pair -> method -> picture in 8 bits
-        """Fuse every pair with every method.
-
-        Returns:
-            pair -> method -> picture in 8 bits
-        """
+        "Fuse every pair with every method."
         painters = {method: model.pictures() for method, model in self.models.items()}
         def fused(s): return {m: paint(s.dataset, "", s.scene) for m, paint in tqdm(painters.items(), desc=s.name)}
         return {s.name: fused(s) for s in samples}
@@ -153,13 +124,7 @@ def choose_models(methods: Sequence[str],    # rows of the tables, or folders in
                   setup: Setup,              # that of the tables
                   task: Task = "detection",  # whose tables
 ) -> Gallery:
-    """How each method comes into a figure: as in the tables. Raises `CafError` on an unknown name.
-
-    Args:
-        methods: rows of the tables, or folders in `setup.fused_root`
-        setup: that of the tables
-        task: whose tables
-    """
+    "How each method comes into a figure: as in the tables. Raises `CafError` on an unknown name."
     models: dict[str, Model] = {}
     left_out: dict[str, str] = {}
     for method in methods:

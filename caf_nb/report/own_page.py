@@ -50,11 +50,7 @@ def _finder(plan: Plan, row: str) -> Callable[[Tensor], Image.Image]: # a pictur
 
 # %% ../../nbs/lib/39_own_page.ipynb #5fcd597f
 def own_rows(plan: Plan, n: int = 3) -> list[str]: # HTML
-    """Test scenes as the cameras and every row show them, with what the task networks find.
-
-    Returns:
-        HTML
-    """
+    "Test scenes as the cameras and every row show them, with what the task networks find."
     finders = {row: _finder(plan, row) for row in plan.scores}
     folders = {row: stage.fused.run()/"images"/"test" for row, stage in plan.scores.items()}
     def row_of(scene: Scene) -> str:
@@ -88,11 +84,7 @@ def _reading(scores: pd.DataFrame, seed: int) -> str: # a sentence on the last m
 
 # %% ../../nbs/lib/39_own_page.ipynb #2b8bd7f0
 class OwnResult(NamedTuple):
-    """What a search on pairs of your own leaves.
-
-    Fields:
-        weights: by term
-    """
+    "What a search on pairs of your own leaves."
     scores: pd.DataFrame
     weights: dict[str, float]  # by term
     page: Path
@@ -108,12 +100,7 @@ def run_own(plan: Plan,
             out: str | Path,                       # folder; what is there is replaced
             tell: Callable[[str], object] = print, # told what comes next
 ) -> OwnResult:
-    """Search, train, score, and write loss.json, fusion.safetensors, scores.csv and index.html.
-
-    Args:
-        out: folder; what is there is replaced
-        tell: told what comes next
-    """
+    "Search, train, score, and write loss.json, fusion.safetensors, scores.csv and index.html."
     out, parts = Path(out), ", ".join(f"{part} {len(plan.data.stems(part))}" for part in ("train", "val", "test"))
     tell(f"{plan.data.title}: {parts}")
     for note in plan.notes: tell(note)

@@ -66,13 +66,7 @@ def fingerprint(source: str,                 # of all cells of a notebook
                 given: Mapping[str, object], # parameters; those that name folders of the user end with _root
                 cells: Path,                 # folder of the finished cells
 ) -> str:
-    """Changes with whatever a notebook depends on.
-
-    Args:
-        source: of all cells of a notebook
-        given: parameters; those that name folders of the user end with _root
-        cells: folder of the finished cells
-    """
+    "Changes with whatever a notebook depends on."
     shown = [(p.name, p.read_text()) for p in sorted(cells.glob("*.json"))] if '"cells"' in source else []
     roots = [Path(str(root)) for name, root in given.items() if name.endswith("_root") and root]
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for root in roots for p in sorted(root.rglob("*"))]
@@ -119,12 +113,7 @@ async def run_notebook(notebook: Path,
 
 # %% ../../nbs/lib/36_page.ipynb #c00f29ac
 class Ran(NamedTuple):
-    """An executed notebook.
-
-    Fields:
-        error: "" if it ran through
-        reused: whether it ran before, and nothing has changed
-    """
+    "An executed notebook."
     fingerprint: str
     error: str = ""       # "" if it ran through
     reused: bool = False  # whether it ran before, and nothing has changed
@@ -179,17 +168,7 @@ def build_report(profile: str,                  # smoke, mini or paper
                  # notebooks at a time; 0: one on a CUDA device, which they would share, else two
                  jobs: int = 0,
 ) -> tuple[Path, dict[str, Ran]]:               # the page, and what was executed
-    """Execute every paper notebook and make the page. Raises `CafError` on an unknown profile or if Sphinx fails.
-
-    Args:
-        profile: smoke, mini or paper
-        out: folder of the page; "" for that of the profile
-        roots: data_root, weights_root, fused_root, as the notebooks take them
-        fresh: execute also what has not changed
-        jobs: notebooks at a time; 0: one on a CUDA device, which they would share, else two
-    Returns:
-        the page, and what was executed
-    """
+    "Execute every paper notebook and make the page. Raises `CafError` on an unknown profile or if Sphinx fails."
     chosen, paths, docs = Profile.named(profile), _paper_notebooks(notebooks), Path(notebooks).resolve().parent/"docs"
     folder, jobs = output_folder(out, chosen), jobs or (1 if device().type == "cuda" else 2)
     given = {"profile": profile, "out": str(folder) if out else "", "workers": min(jobs, len(chosen.seeds)), **roots}

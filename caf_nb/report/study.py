@@ -88,11 +88,7 @@ CONTROLS = (
 )
 
 def needed(claims: Sequence[Claim] = CLAIMS) -> list[tuple[str, str]]: # (data set, row)
-    """The cells that the claims compare, each once, and the mean of both sources for orientation.
-
-    Returns:
-        (data set, row)
-    """
+    "The cells that the claims compare, each once, and the mean of both sources for orientation."
     pairs = [(c.dataset, row) for claim in claims for c in claim.comparisons for row in (c.row, c.against)]
     return list(dict.fromkeys([*pairs, *((dataset, "mean") for dataset in METRIC)]))
 
@@ -101,11 +97,7 @@ Found = Mapping[tuple[str, str, int], Cell] # (data set, row, seed) -> numbers
 
 # %% ../../nbs/lib/32_study.ipynb #abd0fab9
 def searches(setup: Setup, claims: Sequence[Claim] = CLAIMS) -> dict[str, Search]: # by task, or task_steady
-    """The searches behind the rows of CAF.
-
-    Returns:
-        by task, or task_steady
-    """
+    "The searches behind the rows of CAF."
     tasks = setup.tasks
     steadier = {_TASK[dataset] for dataset, row in needed(claims) if row == "caf_steady"} & set(tasks)
     return ({str(task): setup.search(task) for task in tasks}
@@ -142,12 +134,7 @@ def finished(setup: Setup,           # of any seed
              folder: str | Path,     # of the cells
              claims: Sequence[Claim] = CLAIMS,
 ) -> dict[tuple[str, str, int], Cell]:
-    """The cells of a study that are there; nothing runs.
-
-    Args:
-        setup: of any seed
-        folder: of the cells
-    """
+    "The cells of a study that are there; nothing runs."
     stages = {(*key, seed): stage for seed in seeds
               for key, stage in _stages(setup.model_copy(update={"seed": seed}), claims).items()}
     cells = {key: read_cell(stage, cell_file(folder, *key)) for key, stage in stages.items()}
@@ -166,14 +153,7 @@ def run_study(setup: Setup,               # of any seed
               workers: int = 1,           # seeds at a time, a core each; 1: in this process
               progress: bool = True,      # show a bar
 ) -> dict[tuple[str, str, int], Cell]:
-    """Every cell of every seed. Raises `CafError` on no seed.
-
-    Args:
-        setup: of any seed
-        folder: of the cells
-        workers: seeds at a time, a core each; 1: in this process
-        progress: show a bar
-    """
+    "Every cell of every seed. Raises `CafError` on no seed."
     if not seeds: raise CafError("there is no seed", remedy="Name one or more")
     setups = [setup.model_copy(update={"seed": seed}) for seed in seeds]
     found: dict[tuple[str, str, int], Cell] = {}
@@ -192,12 +172,7 @@ def run_study(setup: Setup,               # of any seed
 
 # %% ../../nbs/lib/32_study.ipynb #957e8eec
 class Effect(NamedTuple):
-    """A mean of paired differences with its 95 % confidence interval.
-
-    Fields:
-        low: nan for fewer than two
-        dz: mean over standard deviation
-    """
+    "A mean of paired differences with its 95 % confidence interval."
     n: int
     mean: float
     low: float       # nan for fewer than two
@@ -229,11 +204,7 @@ def _row_scores(found: Found, dataset: str, row: str) -> dict[int, float]:
 # %% ../../nbs/lib/32_study.ipynb #20b001aa
 def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
 ) -> pd.DataFrame: # columns claim, dataset, row, against, metric, margin, n, effect, low, high, dz, verdict
-    """Every comparison of every claim.
-
-    Returns:
-        columns claim, dataset, row, against, metric, margin, n, effect, low, high, dz, verdict
-    """
+    "Every comparison of every claim."
     rows = []
     for claim, c in ((claim, c) for claim in claims for c in claim.comparisons):
         ours, theirs = _row_scores(found, c.dataset, c.row), _row_scores(found, c.dataset, c.against)
@@ -248,13 +219,7 @@ def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
 def judge_claims(compared: pd.DataFrame,         # of `compare_rows`
                  claims: Sequence[Claim] = CLAIMS,
 ) -> pd.DataFrame:                               # index claim; columns sentence, comparisons, verdict
-    """A claim is supported if all its comparisons are, contradicted if one is contradicted, else undecided.
-
-    Args:
-        compared: of `compare_rows`
-    Returns:
-        index claim; columns sentence, comparisons, verdict
-    """
+    "A claim is supported if all its comparisons are, contradicted if one is contradicted, else undecided."
     def overall(v): return next((x for x in ("contradicted", "undecided") if x in set(v)), "supported")
     def tally(v): return ", ".join(f"{n} {x}" for x, n in v.value_counts().items())
     parts = {claim: part.verdict for claim, part in compared.groupby("claim")}
@@ -274,13 +239,7 @@ def _deviation(compared: pd.DataFrame) -> pd.Series:
 def seeds_needed(compared: pd.DataFrame,                 # of `compare_rows`
                  points: Sequence[float] = (1, 2, 3),
 ) -> pd.DataFrame:                                       # one row per metric and row of CAF or of another network
-    """How many seeds see a difference of so many points with 80 % power (two-sided, 5 %), and what these seeds see.
-
-    Args:
-        compared: of `compare_rows`
-    Returns:
-        one row per metric and row of CAF or of another network
-    """
+    "How many seeds see a difference of so many points with 80 % power (two-sided, 5 %), and what these seeds see."
     solve = partial(optional("statsmodels.stats.power", "notebooks").TTestPower().solve_power, alpha=0.05, power=0.8)
     done, rows = compared[compared.n > 1], {}
     ours = done.row.str.startswith("caf").map({True: "rows of CAF", False: "other networks"})
@@ -305,14 +264,7 @@ def _printed_gap(dataset: str, row: str, against: str) -> float: # points; nan w
 def what_is_excluded(compared: pd.DataFrame, # of `compare_rows`
                      margin: float = 1.,     # a difference that matters, in points
 ) -> pd.DataFrame:                           # one row per comparison
-    """The paper's gap beside each interval, whether the interval excludes it, and whether two rows are equivalent.
-
-    Args:
-        compared: of `compare_rows`
-        margin: a difference that matters, in points
-    Returns:
-        one row per comparison
-    """
+    "The paper's gap beside each interval, whether the interval excludes it, and whether two rows are equivalent."
     from scipy import stats
 
     done = compared[compared.n > 1]
@@ -375,13 +327,7 @@ _SOURCES = ("ir", "vi", "mean")
 def compare_forms(scores: pd.DataFrame,                             # of `_form_scores`
                   metrics: Sequence[str] = ("mAP@.5", "mAP@.5:.95"),
 ) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `_decide`
-    """CAF against every other form; a judge and a metric are a family. Equivalent: within a point.
-
-    Args:
-        scores: of `_form_scores`
-    Returns:
-        columns claim (the judge), dataset, row, against, metric, margin, and those of `_decide`
-    """
+    "CAF against every other form; a judge and a metric are a family. Equivalent: within a point."
     tables = []
     for (judge, metric), part in scores[scores.metric.isin(metrics)].groupby(["judge", "metric"], sort=False):
         others = [form for form in in_order(part.form) if form != "caf"]
@@ -391,13 +337,7 @@ def compare_forms(scores: pd.DataFrame,                             # of `_form_
 
 def compare_pictures(measured: pd.DataFrame, # columns dataset, convention, image, metric, and one per method
 ) -> pd.DataFrame: # as of `compare_forms`; the claim is the convention, the unit percent of CAF's mean
-    """CAF against every other method, picture by picture. Equivalent: within five percent.
-
-    Args:
-        measured: columns dataset, convention, image, metric, and one per method
-    Returns:
-        as of `compare_forms`; the claim is the convention, the unit percent of CAF's mean
-    """
+    "CAF against every other method, picture by picture. Equivalent: within five percent."
     methods, tables = [name for name in in_order(measured.columns) if name in ROWS and name != "caf"], []
     for convention, of in measured.groupby("convention", sort=False):
         for family in (set(methods) - {*_SOURCES}, {*_SOURCES} & set(methods)):
@@ -410,40 +350,21 @@ def compare_pictures(measured: pd.DataFrame, # columns dataset, convention, imag
 def leads(compared: pd.DataFrame, # of `compare_forms` or `compare_pictures`
           *by: str,               # columns whose values are a claim
 ) -> pd.DataFrame:                # index by; columns comparisons, verdict
-    """Whether CAF leads all others.
-
-    Args:
-        compared: of `compare_forms` or `compare_pictures`
-        by: columns whose values are a claim
-    Returns:
-        index by; columns comparisons, verdict
-    """
+    "Whether CAF leads all others."
     def tally(v): return ", ".join(f"{n} {x}" for x, n in sorted(v.value_counts().items()))
     return compared.groupby(list(by), sort=False).verdict.agg(comparisons=tally, verdict=_lead)
 
 def effects_table(compared: pd.DataFrame, # likewise
                   *rows: str,             # columns that name a row
 ) -> pd.DataFrame:                        # a column for each other form
-    """Difference, interval and verdict of every comparison.
-
-    Args:
-        compared: likewise
-        rows: columns that name a row
-    Returns:
-        a column for each other form
-    """
+    "Difference, interval and verdict of every comparison."
     text = [f"{c.effect:+.1f} [{c.low:+.1f}, {c.high:+.1f}] {c.verdict}" for c in compared.itertuples()]
     wide = compared.assign(text=text).pivot(index=list(rows), columns="against", values="text")
     return wide[in_order(wide)].rename(columns=lambda row: row_style(row).title)
 
 # %% ../../nbs/lib/32_study.ipynb #7148db38
 class RealPairs(NamedTuple):
-    """The finished numbers of real.ipynb.
-
-    Fields:
-        measured: for `compare_pictures`; figure7-SET-CONVENTION.csv
-        scores: for `compare_forms`; cells/JUDGE-FOLD-SEED.json
-    """
+    "The finished numbers of real.ipynb."
     measured: pd.DataFrame # for `compare_pictures`; figure7-SET-CONVENTION.csv
     scores: pd.DataFrame   # for `compare_forms`; cells/JUDGE-FOLD-SEED.json
 
@@ -472,13 +393,7 @@ def _moved_percent(a: Any, b: Any) -> float: # both (15,)
 # %% ../../nbs/lib/32_study.ipynb #b2c66c99
 def task_distance(betas: pd.DataFrame,  # of `weights`
 ) -> Effect:                            # in percent of the weight
-    """How much further two tasks are apart than two seeds.
-
-    Args:
-        betas: of `weights`
-    Returns:
-        in percent of the weight
-    """
+    "How much further two tasks are apart than two seeds."
     tasks, seeds = (list(betas.index.unique(level)) for level in ("task", "seed"))
     def apart(a, b): return _moved_percent(betas.loc[a], betas.loc[b])
     differences = []
@@ -490,11 +405,7 @@ def task_distance(betas: pd.DataFrame,  # of `weights`
 
 # %% ../../nbs/lib/32_study.ipynb #09ae9075
 def diagnose(found: Found) -> pd.DataFrame: # index question; one column per search
-    """Could the search have worked?
-
-    Returns:
-        index question; one column per search
-    """
+    "Could the search have worked?"
     betas, columns = weights(found), {}
     equal = [1 / len(TERMS)] * len(TERMS)
     def span(values, digits=0): return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "one seed"
@@ -528,11 +439,7 @@ def _start_text(setup: Setup) -> str:
 
 # %% ../../nbs/lib/32_study.ipynb #f9a71897
 def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIMS) -> str: # Markdown
-    """What a study does, from its settings.
-
-    Returns:
-        Markdown
-    """
+    "What a study does, from its settings."
     p, data = setup.profile, setup.profile.data
     kind = "published" if data.source == "published" else "synthetic"
     sizes, steps = "", f"{p.search.epochs} epochs"
@@ -567,11 +474,7 @@ def modalities_text(found: Found) -> str:
 
 # %% ../../nbs/lib/32_study.ipynb #1dd17a0b
 def verdicts_text(compared: pd.DataFrame, claims: pd.DataFrame, seeds: int) -> str: # Markdown
-    """The verdicts as sentences.
-
-    Returns:
-        Markdown
-    """
+    "The verdicts as sentences."
     def comparison(c):
         if not c.n: return f"{c.row} against {c.against} ({c.metric}) not run"
         fewer = f", {c.n} of {seeds} seeds" if c.n < seeds else ""
@@ -591,11 +494,7 @@ _COLOURS = {"detection": "#0173b2", "segmentation": "#de8f05"}
 def plot_effects(compared: pd.DataFrame, # of `compare_rows`
                  ax: Axes | None = None,
 ) -> Axes:
-    """Every comparison as its mean difference and interval; filled where it is decided.
-
-    Args:
-        compared: of `compare_rows`
-    """
+    "Every comparison as its mean difference and interval; filled where it is decided."
     ax = ax or plt.subplots(figsize=(6, 0.26 * len(compared) + 0.8), layout="constrained")[1]
     shown = compared[::-1].assign(y=range(len(compared)))
     for r in shown[shown.n > 0].itertuples():
@@ -613,12 +512,7 @@ def plot_effects(compared: pd.DataFrame, # of `compare_rows`
 def plot_weights(betas: pd.DataFrame, # of `weights`
                  axes: Sequence[Axes] | None = None, # one per task
 ) -> Sequence[Axes]:
-    """The weights of every seed as dots, with their mean; the line is where the search starts.
-
-    Args:
-        betas: of `weights`
-        axes: one per task
-    """
+    "The weights of every seed as dots, with their mean; the line is where the search starts."
     tasks = list(betas.index.unique("task"))
     if axes is None:
         figure = plt.figure(figsize=(7.5, 2.3), layout="constrained")

@@ -37,17 +37,7 @@ def compare(n: int,                                  # number of the table
             tolerance: float = 1.,                   # percentage points; hundredths of MI and VIF
 ) -> pd.DataFrame: # columns table, dataset, method, metric, paper, ours, delta, verdict, note
     """The paper's values beside ours; sets of your own have no printed ones. Raises `CafError` on a metric that the table
-    does not have for its data set.
-
-    Args:
-        n: number of the table
-        results: (data set, method) -> metric -> value
-        profile: that the values were made with
-        empty: method -> why it has no values, for the notes
-        tolerance: percentage points; hundredths of MI and VIF
-    Returns:
-        columns table, dataset, method, metric, paper, ours, delta, verdict, note
-    """
+    does not have for its data set."""
     printed = paper_table(n)
     methods = pd.Index(in_order([*printed.index, *(method for _, method in results)]), name="method")
     values = pd.DataFrame(np.nan, index=methods, columns=printed.columns)
@@ -93,13 +83,7 @@ def show_table(compared: pd.DataFrame,      # of `compare`
                caption: str = "",
                metrics: Sequence[str] = (), # columns to show; empty: all
 ) -> Styler:
-    """Printed and own values side by side, with the notes on what is printed.
-
-    Args:
-        compared: of `compare`
-        dataset: one of its data sets; "": all
-        metrics: columns to show; empty: all
-    """
+    "Printed and own values side by side, with the notes on what is printed."
     part = compared[compared.dataset.isin([dataset] if dataset else compared.dataset)]
     wide = _side_by_side(part[part.metric.isin(metrics if len(metrics) else part.metric)])
     forms = {c: number_format(c[1]).replace("{:", "{:+" if c[2] == "Δ" else "{:") for c in wide}
@@ -125,11 +109,7 @@ def plot_table(compared: pd.DataFrame, # of `compare`
                metric: str,
                ax: Axes | None = None,
 ) -> Axes:
-    """Our value of one metric for every method, by data set. Circles are printed values, hatched bars are X_p.
-
-    Args:
-        compared: of `compare`
-    """
+    "Our value of one metric for every method, by data set. Circles are printed values, hatched bars are X_p."
     part = compared[(compared.metric == metric) & compared.ours.notna()]
     methods, datasets = in_order(part.method), list(part.dataset.unique())
     ax = ax or plt.subplots(figsize=(5.4 if len(methods) < 6 else 7.2, 2.2), layout="constrained")[1]
@@ -149,13 +129,7 @@ def plot_table(compared: pd.DataFrame, # of `compare`
 def conclusion(compared: pd.DataFrame, # of `compare`
                profile: Profile,
 ) -> str:                              # Markdown
-    """What the comparison amounts to, and the statements of the paper in the printed values and in ours.
-
-    Args:
-        compared: of `compare`
-    Returns:
-        Markdown
-    """
+    "What the comparison amounts to, and the statements of the paper in the printed values and in ours."
     n, ours, verdicts = int(compared.table.iloc[0]), compared[compared.ours.notna()], compared.verdict.value_counts()
     said = (f"{len(ours)} of {len(compared)} values were computed, for {ours.method.nunique()} of "
             f"{compared.method.nunique()} rows, in profile {profile.name} ({profile.note}). ")
@@ -209,11 +183,7 @@ def _project() -> Path:
 def output_folder(out: str | Path | None, # None or "" for out/<profile> or results/<profile> in the project of the current folder
                   profile: Profile,
 ) -> Path:
-    """The folder for results, made if need be. Raises `CafError` if it cannot be made, or on a wrong parameter.
-
-    Args:
-        out: None or "" for out/<profile> or results/<profile> in the project of the current folder
-    """
+    "The folder for results, made if need be. Raises `CafError` if it cannot be made, or on a wrong parameter."
     _check_parameters(getattr(sys.modules.get("__main__"), "In", ()))
     folder = Path(str(out)) if out not in (None, "") else _project()/profile.home/profile.name
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -223,11 +193,7 @@ def output_folder(out: str | Path | None, # None or "" for out/<profile> or resu
 
 def cache_folder(out: str | Path | None, # as for `output_folder`
 ) -> Path:
-    """The folder where stages keep their results.
-
-    Args:
-        out: as for `output_folder`
-    """
+    "The folder where stages keep their results."
     return (Path(str(out)).resolve().parent if out not in (None, "") else _project()/"out")/"cache"
 
 # %% ../../nbs/lib/33_tables.ipynb #33a00009
@@ -236,16 +202,7 @@ def save_results(folder: Path,             # of `output_folder`
                  compared: pd.DataFrame,   # of `compare`
                  provenance: Mapping[str, object], # what JSON can hold, and frames
 ) -> Path:                                 # the CSV
-    """Write `name`.csv and `name`.json.
-
-    Args:
-        folder: of `output_folder`
-        name: e.g. "table1"
-        compared: of `compare`
-        provenance: what JSON can hold, and frames
-    Returns:
-        the CSV
-    """
+    "Write `name`.csv and `name`.json."
     def plain(value): return value.reset_index().to_dict("records") if isinstance(value, pd.DataFrame) else str(value)
     with replacing(folder/f"{name}.csv") as part: compared.to_csv(part, index=False)
     text = json.dumps(provenance, indent=2, default=plain) + "\n"
@@ -256,25 +213,14 @@ def save_results(folder: Path,             # of `output_folder`
 def listed(text: object,                  # names with commas, as a command line gives them, or a list; None: none
            default: Sequence[str] = (),   # for none
 ) -> list[str]:
-    """The names one by one.
-
-    Args:
-        text: names with commas, as a command line gives them, or a list; None: none
-        default: for none
-    """
+    "The names one by one."
     names = map(str, text) if isinstance(text, (list, tuple)) else str("" if text is None else text).split(",")
     return [name.strip() for name in names if name.strip()] or list(default)
 
 # %% ../../nbs/lib/33_tables.ipynb #2dcc4977
 def empty_rows(why: Mapping[str, str], # of `left_out`
 ) -> str:                              # Markdown
-    """Why rows of a table are empty.
-
-    Args:
-        why: of `left_out`
-    Returns:
-        Markdown
-    """
+    "Why rows of a table are empty."
     return "\n".join(f"- {row_style(row).title} is empty: {printable(reason, 400)}" for row, reason in why.items())
 
 
@@ -292,13 +238,7 @@ def at_a_glance(columns: Sequence[tuple[int, str, str]], # (number of the table,
                 cells: Path,                             # finished cells of this run
                 committed: Path,                         # those of profile mini
 ) -> Styler:
-    """Of each column the printed values, those of mini with their 95 % intervals, and those of this run.
-
-    Args:
-        columns: (number of the table, data set, metric)
-        cells: finished cells of this run
-        committed: those of profile mini
-    """
+    "Of each column the printed values, those of mini with their 95 % intervals, and those of this run."
     found: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}
     for n, dataset, metric in columns:
         name, printed = metric if dataset == "fused" else f"{metric}, {dataset}", paper_table(n)
@@ -318,13 +258,7 @@ def at_a_glance(columns: Sequence[tuple[int, str, str]], # (number of the table,
 def lead_numbers(columns: Sequence[tuple[int, str, str]], # as for `at_a_glance`
                  cells: Path,
 ) -> str:                                                 # HTML
-    """CAF's value of each column in large, above those of its sources.
-
-    Args:
-        columns: as for `at_a_glance`
-    Returns:
-        HTML
-    """
+    "CAF's value of each column in large, above those of its sources."
     def number(row, column): return _of_seeds(cells, column[1], row, column[2])[1]
     boxes = [f'<div style="flex: 1 1 11em"><span style="font-size: 2.4em">{number("caf", c)}</span><br>{c[2]} on {c[1]}<br>'
              f'<small>infrared {number("ir", c)}, visible {number("vi", c)}</small></div>' for c in columns]

@@ -51,11 +51,7 @@ from ..zoo import Recipe, build_network, find_method
 
 # %% ../../nbs/lib/29_stages.ipynb #7672c033
 class CheckedInfra(TaskInfra):
-    """The cache of a stage: each result is computed by one process at a time, and again if its files are damaged.
-
-    Fields:
-        workers: jobs at a time; 0: as many as there are
-    """
+    "The cache of a stage: each result is computed by one process at a time, and again if its files are damaged."
     workers: int = 0 # jobs at a time; 0: as many as there are
     _checked: bool = PrivateAttr(False)
 
@@ -120,13 +116,7 @@ _SLURM: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 def parse_execution(text: str, # local, processes=N, or slurm,partition=...,gpus=...,hours=...
 ) -> dict[str, Any]:           # of `CheckedInfra`
-    """Where stages run. Raises `CafError` if the text does not say it.
-
-    Args:
-        text: local, processes=N, or slurm,partition=...,gpus=...,hours=...
-    Returns:
-        of `CheckedInfra`
-    """
+    "Where stages run. Raises `CafError` if the text does not say it."
     place, *options = (part.strip() for part in text.split(","))
     kind, _, number = place.partition("=")
     try:
@@ -181,13 +171,7 @@ def compute(stages: Sequence[Any],     # with one `infra` setting
             show: Callable[[pd.DataFrame], Any] | None = None, # the table of stages, when it has changed
             every: float = 2.,         # seconds
 ) -> None:
-    """Run stages and all that they are built on as jobs. Raises `CafError` when one fails and nothing else runs.
-
-    Args:
-        stages: with one `infra` setting
-        show: the table of stages, when it has changed
-        every: seconds
-    """
+    "Run stages and all that they are built on as jobs. Raises `CafError` when one fails and nothing else runs."
     known = {part.infra.uid(): part for stage in stages for part in [*_parts(stage), stage]}
     tries, shown, workers = Counter[str](), None, max((part.infra.workers for part in known.values()), default=0)
     for part in known.values():
@@ -218,13 +202,7 @@ def _stage_table(known: dict[str, Any], states: dict[str, tuple[str, str]]) -> p
 # %% ../../nbs/lib/29_stages.ipynb #7787ac33
 def levels(stages: Sequence[Any], # such as those of a table
 ) -> list[tuple[int, Any]]:       # the level of each stage that they need, themselves included
-    """How deep each stage stands: 0 if it is built on no other, else one more than the deepest that it is built on.
-
-    Args:
-        stages: such as those of a table
-    Returns:
-        the level of each stage that they need, themselves included
-    """
+    "How deep each stage stands: 0 if it is built on no other, else one more than the deepest that it is built on."
     known = {part.infra.uid(): part for stage in stages for part in [*_parts(stage), stage]}
     def level(stage: Any) -> int: return 1 + max((level(part) for part in _parts(stage)), default=-1)
     return [(level(stage), stage) for stage in known.values()]
@@ -255,12 +233,7 @@ class PretrainedWeights(NamedTuple):
     provenance: str
 
 class Weights(BaseModel):
-    """Weights from which a network starts: published ones of a task network, or a checkpoint of the package.
-
-    Fields:
-        file: .pt (ultralytics), .safetensors, or a folder of transformers
-        mark: name and fingerprint of the file; computed
-    """
+    "Weights from which a network starts: published ones of a task network, or a checkpoint of the package."
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["weights"] = "weights"
     _exclude_from_cls_uid: ClassVar = ("file",)
@@ -282,13 +255,7 @@ class Weights(BaseModel):
 # %% ../../nbs/lib/29_stages.ipynb #1b7439cf
 def bundled_weights(name: str, # such as "yolov5n.safetensors", or a folder
 ) -> Weights | None:           # None: the package has none of this name
-    """A checkpoint that comes with the package.
-
-    Args:
-        name: such as "yolov5n.safetensors", or a folder
-    Returns:
-        None: the package has none of this name
-    """
+    "A checkpoint that comes with the package."
     file = bundled(name)
     if not file.exists(): return None
     parts = sorted(file.iterdir()) if file.is_dir() else [file]
@@ -318,12 +285,7 @@ def source_in_turn(dataset: str, split: str, scene: Scene) -> Tensor:
 
 # %% ../../nbs/lib/29_stages.ipynb #924c5fc1
 class Pretrain(BaseModel):
-    """Pretrain a task network from random initialisation on scenes of its own, in place of COCO or ImageNet.
-
-    Fields:
-        data: of a seed that no other stage has
-        detector: one of the two
-    """
+    "Pretrain a task network from random initialisation on scenes of its own, in place of COCO or ImageNet."
     model_config = ConfigDict(extra="forbid")
     kind: Literal["pretrained"] = "pretrained"
     data: Data                                    # of a seed that no other stage has
@@ -377,12 +339,7 @@ def _finetune(task: _Network, pictures: Path, settings: Any, size: int, out: Pat
 
 # %% ../../nbs/lib/29_stages.ipynb #d0d68915
 class Searched(NamedTuple):
-    """A searched or given loss.
-
-    Fields:
-        beta: by term
-        history: one row per step
-    """
+    "A searched or given loss."
     beta: dict[str, float]      # by term
     history: pd.DataFrame       # one row per step
     provenance: dict[str, str]
@@ -393,11 +350,7 @@ def _initial_network(stage: Any) -> nn.Module:
     with seeded(stage.seed): return build_network(stage.network)
 
 def vgg_of(stage: Any) -> Vgg: # a stage, or a `Setup`
-    """The VGG behind terms n and o.
-
-    Returns:
-        a stage, or a `Setup`
-    """
+    "The VGG behind terms n and o."
     return load_vgg(stage.vgg.file if isinstance(stage.vgg, Weights) else stage.vgg)
 
 def _initial(stage: Any) -> str:
@@ -421,14 +374,7 @@ def _search(stage: "Search") -> Searched:
 
 # %% ../../nbs/lib/29_stages.ipynb #10741e07
 class Search(BaseModel):
-    """Search the loss for a task on the training and validation split.
-
-    Fields:
-        detector: one of the two says what the images are for
-        network: a method, whose network is trained by the search
-        start: of the task network
-        fusion_start: of the fusion network; None: random initialisation
-    """
+    "Search the loss for a task on the training and validation split."
     model_config = ConfigDict(extra="forbid")
     kind: Literal["searched"] = "searched"
     data: Data
@@ -459,11 +405,7 @@ class Search(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #51d3902e
 class Weighted(BaseModel):
-    """A loss with given weights.
-
-    Fields:
-        beta: in the order of TERMS
-    """
+    "A loss with given weights."
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["weighted"] = "weighted"
     # in the order of TERMS
@@ -478,13 +420,7 @@ class Weighted(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #fa1b18fe
 class Published(BaseModel):
-    """A method's own loss, optimiser and stages.
-
-    Fields:
-        epochs: of each stage; None: the published number
-        batch_size: likewise
-        crop: likewise: side of the squares, in pixels
-    """
+    "A method's own loss, optimiser and stages."
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["published"] = "published"
     epochs: int | None = Field(None, ge=1)      # of each stage; None: the published number
@@ -504,11 +440,7 @@ class Published(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #024e83e2
 class Trained(NamedTuple):
-    """A trained fusion network.
-
-    Fields:
-        losses: one per step
-    """
+    "A trained fusion network."
     state: dict[str, Tensor]
     losses: list[float]         # one per step
     provenance: dict[str, str]
@@ -542,11 +474,7 @@ class _FusionTraining(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #fb6967c6
 class TrainFusion(_FusionTraining):
-    """Train a fusion network with searched or given weights, or as its authors did.
-
-    Fields:
-        settings: None with a published loss, which has its own
-    """
+    "Train a fusion network with searched or given weights, or as its authors did."
     kind: Literal["trained"] = "trained"
     data: Data | BlockData = Field(discriminator="kind")
     loss: Search | Weighted | Published = Field(discriminator="kind")
@@ -588,14 +516,7 @@ def _recipe(stage: TrainFusion) -> tuple[Recipe | tuple[Recipe, ...], dict[str, 
 
 # %% ../../nbs/lib/29_stages.ipynb #5ebe90ce
 class TrainJoint(_FusionTraining):
-    """Train a fusion network together with a task network.
-
-    Fields:
-        lr_task: Adam
-        weight: of the task loss
-        detector: one of the two
-        start: of the task network
-    """
+    "Train a fusion network together with a task network."
     kind: Literal["joint"] = "joint"
     data: Data
     loss: Search | Weighted = Field(discriminator="kind")
@@ -623,11 +544,7 @@ class TrainJoint(_FusionTraining):
 
 # %% ../../nbs/lib/29_stages.ipynb #3579a9cf
 class Method(BaseModel):
-    """A source (ir, vi, mean), or a fusion method with its own weights.
-
-    Fields:
-        weights: a file; "" for those that come with the package
-    """
+    "A source (ir, vi, mean), or a fusion method with its own weights."
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["method"] = "method"
     method: str
@@ -662,13 +579,7 @@ def has_pictures(fused_root: str | Path, method: str) -> bool:
     return bool(str(fused_root)) and (Path(fused_root)/method).is_dir()
 
 class Results(BaseModel):
-    """Pictures that were fused elsewhere.
-
-    Fields:
-        method: the name of the folder
-        root: the folder of all methods
-        files: fingerprint; computed
-    """
+    "Pictures that were fused elsewhere."
     model_config = ConfigDict(extra="forbid", frozen=True)
     _exclude_from_cls_uid: ClassVar = ("root",)
     kind: Literal["results"] = "results"
@@ -821,22 +732,13 @@ def _write_forms(folder: Path, data: Data, split: Literal["train", "test"], form
 
 # %% ../../nbs/lib/29_stages.ipynb #42e44624
 class Judged(NamedTuple):
-    """What a frozen judge found.
-
-    Fields:
-        matched: by FORM-STEM, see `matched_boxes`
-    """
+    "What a frozen judge found."
     matched: dict[str, Any]  # by FORM-STEM, see `matched_boxes`
     provenance: str
     seconds: float
 
 class JudgeForms(BaseModel):
-    """Fine-tune one detector on all forms of the training scenes, freeze it, and score each form of the test scenes.
-
-    Fields:
-        data: its split file names the blocks
-        start: of the judge
-    """
+    "Fine-tune one detector on all forms of the training scenes, freeze it, and score each form of the test scenes."
     model_config = ConfigDict(extra="forbid")
     data: Data                                       # its split file names the blocks
     forms: tuple[_Form, ...]

@@ -29,20 +29,7 @@ from .sources import Data, PublishedScenes, SplitName, cached_split, fingerprint
 
 # %% ../../nbs/lib/38_own_data.ipynb #98858790
 class Layout(BaseModel):
-    """What DATA.yaml says.
-
-    Fields:
-        path: from the folder of the file
-        ir: folders below `path`; "": the layout of `caf-data where folder`
-        labels: of YOLO rows
-        masks: of class numbers
-        train: folders below each of these; "": train, val, test where they exist
-        names: classes, in the order of their numbers
-        model: of the task network; "": that of the profile
-        start: its weights, from the folder of the file
-        nc: of ultralytics, not read
-        download: likewise
-    """
+    "What DATA.yaml says."
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: str = ""                   # from the folder of the file
     ir: str = ""                     # folders below `path`; "": the layout of `caf-data where folder`
@@ -160,13 +147,7 @@ class OwnData(Data):
 
 # %% ../../nbs/lib/38_own_data.ipynb #47cac92e
 class Plan(NamedTuple):
-    """The stages for a file.
-
-    Fields:
-        fusions: row -> TrainFusion or Method
-        scores: row -> FinetuneDetector or FinetuneSegmenter
-        notes: what a reader should know before it starts
-    """
+    "The stages for a file."
     layout: Layout
     data: OwnData
     profile: Profile
@@ -203,15 +184,7 @@ def own_plan(layout: Layout,
              compare: Sequence[str] = ("equal",),     # of equal, mean, ir, vi
              seed: int = 0,
 ) -> Plan:
-    """What `caf-search` runs. Raises `CafError` on pairs that cannot be used and an unknown row.
-
-    Args:
-        out: where the stages keep their results
-        profile: the settings
-        loss: loss.json of an earlier search; None: it is searched
-        size: side of the squares, in pixels
-        compare: of equal, mean, ir, vi
-    """
+    "What `caf-search` runs. Raises `CafError` on pairs that cannot be used and an unknown row."
     if wrong := [name for name in compare if name not in _COMPARED]:
         raise UnknownName(f"there is no row {wrong[0]!r}", remedy=f"Choose from {', '.join(_COMPARED)}")
     infra = {"folder": str(Path(out).resolve()/"stages")}

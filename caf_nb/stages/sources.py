@@ -51,12 +51,7 @@ def plain_name(folder: Path) -> str:
 def find_root(data_root: str | Path, # folder that holds all archives, or a labelled folder itself
               name: str,             # a key of `DATA_SETS`, or the name of a folder of your own
 ) -> Path:
-    """The folder of one data set. Raises `CafError` if it is missing or ambiguous.
-
-    Args:
-        data_root: folder that holds all archives, or a labelled folder itself
-        name: a key of `DATA_SETS`, or the name of a folder of your own
-    """
+    "The folder of one data set. Raises `CafError` if it is missing or ambiguous."
     data_root = Path(os.path.realpath(data_root))
     if not data_root.is_dir():
         raise CafError("there is no such folder", data_root, "Give the folder that holds the data sets")
@@ -136,12 +131,7 @@ def _tasks(folder: Path, name: str = "folder") -> tuple[Task, ...]:
 def cached_split(published: Published,      # all of it
                  by: SplitBy = "scenes",   # what is dealt to the parts
 ) -> Path:
-    """The file of the split of seed 0, written on first use.
-
-    Args:
-        published: all of it
-        by: what is dealt to the parts
-    """
+    "The file of the split of seed 0, written on first use."
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")
     path = cache/"caf_nb"/"splits"/f"{published.name}-{fingerprint(published)}{'' if by == 'scenes' else '-' + by}.txt"
     if not path.is_file(): write_split(path, make_split(published, by=by))
@@ -154,15 +144,7 @@ def read_part(name: str,             # as for `find_root`
               split_file: str = "",  # default: ROOT/split/NAME.txt, else the authors' parts, else the cached split
               by: SplitBy = "scenes", # of the cached split
 ) -> Published:
-    """One part of a data set. Raises `CafError` if the set or the part is missing.
-
-    Args:
-        name: as for `find_root`
-        data_root: see `find_root`
-        part: "all", "train", "val" or "test"
-        split_file: default: ROOT/split/NAME.txt, else the authors' parts, else the cached split
-        by: of the cached split
-    """
+    "One part of a data set. Raises `CafError` if the set or the part is missing."
     root = find_root(data_root, name)
     whole = _load(name, root, "all", split_file)
     if part == "all": return whole
@@ -180,11 +162,7 @@ def _published_tasks() -> dict[str, tuple[Task, ...]]:
 def task_sets(data_root: str, # "" for synthetic scenes
 ) -> dict[str, tuple[Task, ...]]:
     """The labelled sets by name, with their tasks: those of the paper, and folders of your own. Those of the paper are
-    left out where there are only others.
-
-    Args:
-        data_root: "" for synthetic scenes
-    """
+    left out where there are only others."""
     paper, root = _published_tasks(), Path(os.path.realpath(data_root))
     if not data_root or not root.is_dir(): return paper
     known = {alias: name for name, entry in DATA_SETS.items() for alias in (name, entry.folder)}
@@ -199,11 +177,7 @@ def task_sets(data_root: str, # "" for synthetic scenes
 def squared(scene: Scene,
             size: int,    # pixels
 ) -> Scene:
-    """Scale the whole scene to a square, its images in steps of 1/255.
-
-    Args:
-        size: pixels
-    """
+    "Scale the whole scene to a square, its images in steps of 1/255."
     if scene.ir.shape[1:] == (size, size): return scene
     def image(x: Tensor) -> Tensor:
         return to_uint8(F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]) / 255
@@ -212,12 +186,7 @@ def squared(scene: Scene,
 
 # %% ../../nbs/lib/28_sources.ipynb #261897a0
 class PublishedScenes(LazySequence[Scene]):
-    """A part of a published set, decoded on access.
-
-    Args:
-        most: scenes, evenly spaced; 0: all
-        size: side of the squares; None: each scene in its own size
-    """
+    "A part of a published set, decoded on access."
 
     def __init__(self, published: Published,
                  most: int = 0,             # scenes, evenly spaced; 0: all
@@ -318,12 +287,7 @@ class Data(_DataFields):
            seed: int = 0,
            task: Task | None = None,   # of a folder of your own; None: the first one that it has labels for
     ) -> "Data":
-        """The published set if there is a root, whatever the profile. An archive is read once per process.
-
-        Args:
-            data_root: "": as `settings` says
-            task: of a folder of your own; None: the first one that it has labels for
-        """
+        "The published set if there is a root, whatever the profile. An archive is read once per process."
         if str(data_root): settings = settings.model_copy(update={"source": "published"})
         return _data(name, settings, 0 if str(data_root) else seed, str(data_root),
                      None if name in CLASSES else task).model_copy()
@@ -362,16 +326,7 @@ def _data(name: str, settings: DataSettings, seed: int, root: str, task: Task | 
 _UNLABELLED = ("tno", "roadscene") # without parts, so all of their images are training images
 
 class BlockData(_Archive):
-    """Unlabelled blocks of several published sets, for the fusion network.
-
-    Fields:
-        blocks: of all sets together
-        block_size: side in pixels
-        seed: of the draws
-        root: see `find_root`
-        split_file: of the labelled set among them
-        files: fingerprint of the sets; set automatically
-    """
+    "Unlabelled blocks of several published sets, for the fusion network."
     kind: Literal["blocks"] = "blocks"
     sets: tuple[str, ...] = ("m3fd", "tno", "roadscene")
     blocks: int = Field(ge=1)      # of all sets together
@@ -417,11 +372,7 @@ def _blocks(n: int, size: int, root: str, split_file: str, sets: tuple[str, ...]
 
 # %% ../../nbs/lib/28_sources.ipynb #eb3dde65
 class InMemory(LazySequence[Scene]):
-    """Scenes in steps of 1/255, kept in memory in 8 bits after their first access, up to `room` bytes.
-
-    Args:
-        room: bytes
-    """
+    "Scenes in steps of 1/255, kept in memory in 8 bits after their first access, up to `room` bytes."
 
     def __init__(self, scenes: Sequence[Scene],
                  room: int = 4 * 2 ** 30, # bytes
@@ -444,12 +395,7 @@ class InMemory(LazySequence[Scene]):
 def in_memory(scenes: Sequence[Scene],  # of a split
               room: int = 4 * 2 ** 30,  # bytes, for published scenes
 ) -> Sequence[Scene]:
-    """Scenes for many epochs: synthetic ones as a list, drawn once per process, published ones as `InMemory`.
-
-    Args:
-        scenes: of a split
-        room: bytes, for published scenes
-    """
+    "Scenes for many epochs: synthetic ones as a list, drawn once per process, published ones as `InMemory`."
     if not isinstance(scenes, SynthScenes): return InMemory(scenes, room)
     return _drawn(len(scenes), scenes.size, scenes.seed, scenes.task)
 
@@ -459,14 +405,7 @@ def _drawn(n: int, size: tuple[int, int], seed: int, task: str) -> list[Scene]:
 
 # %% ../../nbs/lib/28_sources.ipynb #b568d423
 class Pretrained(NamedTuple):
-    """Published weights, a file or a folder.
-
-    Fields:
-        pattern: of its name in `weights_root` or a folder in it
-        page: where it is published
-        also: another folder to search
-        others: further patterns
-    """
+    "Published weights, a file or a folder."
     what: str
     pattern: str                   # of its name in `weights_root` or a folder in it
     page: str                      # where it is published

@@ -121,15 +121,7 @@ class _Judged(nn.Module):
 class AnchorDetector(nn.Module):
     """The original YOLOv5 as a `Task`; needs the `yolov5` distribution. Without `weights` it starts from random ones
     drawn with `seed`. `weights` is a local .pt file of the original repository, read without executing code from it.
-    Nothing is downloaded.
-
-    Fields:
-        net: its DetectionModel
-    Args:
-        model: one of `DETECTORS`
-        weights: local file, or None for random weights
-        seed: of all weights that `weights` does not bring
-    """
+    Nothing is downloaded."""
     net: Any  # its DetectionModel
 
     def __init__(self, classes: Sequence[str],              # names, in the order of the class indices
@@ -164,13 +156,7 @@ class AnchorDetector(nn.Module):
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32
              targets: Sequence[Tensor],         # B tensors (n,5): class, cx, cy, w, h; relative; n may be 0
     ) -> Tensor:                                # scalar
-        """Box, objectness and class loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes.
-
-        Args:
-            targets: B tensors (n,5): class, cx, cy, w, h; relative; n may be 0
-        Returns:
-            scalar
-        """
+        "Box, objectness and class loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes."
         check_images(images, len(targets))
         for rows in targets: check_rows(rows, self.classes)
         return self.judged.loss(yolo_batch(images, targets))[0].sum() / len(images)
@@ -182,9 +168,5 @@ class AnchorDetector(nn.Module):
 # %% ../../nbs/lib/14_anchors.ipynb #503babf3
 def find_detector(anchors: bool,              # as `DetectorSettings.anchors` says
 ) -> type[Detector] | type[AnchorDetector]:
-    """The detector of ultralytics, or that of the original repository.
-
-    Args:
-        anchors: as `DetectorSettings.anchors` says
-    """
+    "The detector of ultralytics, or that of the original repository."
     return AnchorDetector if anchors else Detector

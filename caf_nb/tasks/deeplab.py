@@ -119,13 +119,7 @@ def _model_of(state: Mapping[str, Tensor], file: str | Path | None) -> str: # on
 class DeepLab(nn.Module):
     """DeepLabV3+ as a `Task`, with random initialisation unless `weights` is given: a local file, a public Cityscapes
     checkpoint (`best_deeplabv3plus_mobilenet_cityscapes_os16.pth` or the one of resnet101), read without executing code
-    from it. Nothing is downloaded.
-
-    Args:
-        model: one of `DEEPLABS`; None: what the file is for, "mobilenet" without one
-        classes: names, in the order of the class indices
-        seed: of the random weights
-    """
+    from it. Nothing is downloaded."""
 
     ignore = 255  # the label of pixels that do not count
     mean: Tensor
@@ -151,24 +145,14 @@ class DeepLab(nn.Module):
 
     def logits(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
     ) -> Tensor:                     # (B,classes,H,W)
-        """What the network says of each pixel.
-
-        Returns:
-            (B,classes,H,W)
-        """
+        "What the network says of each pixel."
         return self.net((images - self.mean) / self.std)
 
     def loss(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
     ) -> Tensor:                   # scalar
         """Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes, unknown classes, and one image in
-        training mode.
-
-        Args:
-            targets: (B,H,W) int64 class index; 255: does not count
-        Returns:
-            scalar
-        """
+        training mode."""
         check_masks(images, targets, self.classes, self.ignore)
         if self.training and len(images) < 2:
             raise CafError("the pooled branch of the ASPP is normalised over the batch, which holds one image",
@@ -178,11 +162,7 @@ class DeepLab(nn.Module):
     @torch.no_grad()
     def predict(self, images: Tensor, # RGB (B,3,H,W) in [0,1], any H and W
     ) -> Tensor:                      # (B,H,W) int64 class index
-        """The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was.
-
-        Returns:
-            (B,H,W) int64 class index
-        """
+        "The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was."
         check_images(images, len(images))
         training = self.training
         self.eval()
@@ -213,14 +193,7 @@ def show_segmented(pictures: Mapping[str, Tensor],
                    labels: Mapping[str, Tensor],             # the same titles -> (H,W) class index
                    classes: Sequence[str] = CITYSCAPES_CLASSES,
 ) -> list[list[Axes]]:                                       # the pictures above, the overlays below
-    """A row of pictures, what was seen in each below it, and a legend of the classes that occur.
-
-    Args:
-        pictures: title -> picture of one scene, (1,H,W) or (3,H,W), uint8 or float in [0,1]
-        labels: the same titles -> (H,W) class index
-    Returns:
-        the pictures above, the overlays below
-    """
+    "A row of pictures, what was seen in each below it, and a legend of the classes that occur."
     h, w = next(iter(pictures.values())).shape[-2:]
     fig, axes = plt.subplots(2, len(pictures), figsize=(1.8 * len(pictures), 3.6 * h / w + 0.5), squeeze=False,
                              layout="constrained")
@@ -241,31 +214,17 @@ _NAMESAKES = {"person": "person", "car": "car", "bike": "bicycle"} # MFNet -> Ci
 
 def shared_classes(mask: Tensor, # class indices of MFNet, any shape
 ) -> Tensor:                     # class indices of `_SHARED_CLASSES`, the same shape
-    """The three classes that MFNet shares with Cityscapes, and the rest.
-
-    Args:
-        mask: class indices of MFNet, any shape
-    Returns:
-        class indices of `_SHARED_CLASSES`, the same shape
-    """
+    "The three classes that MFNet shares with Cityscapes, and the rest."
     return torch.tensor([_SHARED_CLASSES.index(_NAMESAKES.get(name, "rest")) for name in MFNET_CLASSES])[mask]
 
 def find_deeplab(root: str | Path, # folder of weights; "" for none
 ) -> Path | None:
-    """A public Cityscapes checkpoint, root/deeplab/*cityscapes*; of several the last by name, which is the ResNet.
-
-    Args:
-        root: folder of weights; "" for none
-    """
+    "A public Cityscapes checkpoint, root/deeplab/*cityscapes*; of several the last by name, which is the ResNet."
     return max((Path(root)/"deeplab").glob("*cityscapes*"), default=None) if str(root) else None
 
 # %% ../../nbs/lib/16_deeplab.ipynb #8c772a06
 class Segmented(NamedTuple):
-    """What is painted over the pictures of one scene.
-
-    Fields:
-        labels: picture -> (H,W) class index
-    """
+    "What is painted over the pictures of one scene."
     labels: dict[str, Tensor] # picture -> (H,W) class index
     classes: tuple[str, ...]
 
@@ -275,13 +234,7 @@ def segment(pictures: Mapping[str, Tensor], # name -> picture of one scene, (1,H
             scene: Scene,                   # whose pictures they are
 ) -> Segmented:
     """What DeepLabV3+ sees in each picture, or without one what is there. Raises `CafError` if there is neither a
-    network nor a mask.
-
-    Args:
-        pictures: name -> picture of one scene, (1,H,W) or (3,H,W), uint8 or float in [0,1]
-        deeplab: None: the true masks
-        scene: whose pictures they are
-    """
+    network nor a mask."""
     if deeplab is not None:
         return Segmented({name: deeplab.predict(_float_rgb(picture)[None])[0] for name, picture in pictures.items()},
                          deeplab.classes)
@@ -292,11 +245,7 @@ def segment(pictures: Mapping[str, Tensor], # name -> picture of one scene, (1,H
 
 # %% ../../nbs/lib/16_deeplab.ipynb #508d55df
 def painted_by(deeplab: DeepLab | None) -> str: # a sentence
-    """Who painted the overlays of a figure.
-
-    Returns:
-        a sentence
-    """
+    "Who painted the overlays of a figure."
     if deeplab is not None:
         return f"The overlays are what DeepLabV3+ ({deeplab.model}, weights {deeplab.provenance}) sees in each picture."
     return ("The overlays are a stand-in: no Cityscapes checkpoint was given, so the true masks of the synthetic scenes "

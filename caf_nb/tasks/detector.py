@@ -140,13 +140,7 @@ _RECORDS = ("ultralytics.", "models.", "yolov5.models.", "torch.device",
 
 def read_network(file: str | Path,        # .pt, or its tensors and names as safetensors
 ) -> tuple[dict[str, Tensor], list[str]]: # under the names of a DetectionModel; its classes
-    """The network in a file of ultralytics or of the original repository. Raises `CafError` if it is unreadable.
-
-    Args:
-        file: .pt, or its tensors and names as safetensors
-    Returns:
-        under the names of a DetectionModel; its classes
-    """
+    "The network in a file of ultralytics or of the original repository. Raises `CafError` if it is unreadable."
     tensors, texts = read_checkpoint(file, _RECORDS)
     part = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
     names = [texts.get(f"{part}names.{i}", "") for i in range(sum(name.startswith(f"{part}names.") for name in texts))]
@@ -196,11 +190,7 @@ def _load_detector(net: Any, file: str | Path, model: str, seed: int = 0) -> lis
     return about + [f"no {', '.join(new)} in it, seed {seed}"] * bool(new)
 
 def noted(identity: str, notes: Sequence[str]) -> str: # of `identify`
-    """What a file is, with notes on what was taken from it.
-
-    Returns:
-        of `identify`
-    """
+    "What a file is, with notes on what was taken from it."
     return f"{identity[:-1]}{''.join(f'; {note}' for note in notes)})"
 
 # %% ../../nbs/lib/13_detector.ipynb #c57c31bd
@@ -209,14 +199,7 @@ _STRIDE, _PAD_GRAY = 32, 114 / 255
 def yolo_batch(images: Tensor,          # (B,3,H,W) in [0,1]
                 targets: Sequence[Tensor], # B tensors (n,5): class, cx, cy, w, h; relative to the image
 ) -> dict[str, Tensor]:                  # what the loss of ultralytics reads
-    """Pad the images to multiples of 32, and put the boxes of all images in one list with the index of their image.
-
-    Args:
-        images: (B,3,H,W) in [0,1]
-        targets: B tensors (n,5): class, cx, cy, w, h; relative to the image
-    Returns:
-        what the loss of ultralytics reads
-    """
+    "Pad the images to multiples of 32, and put the boxes of all images in one list with the index of their image."
     h, w = images.shape[-2:]
     tall, wide = (-(-side // _STRIDE) * _STRIDE for side in (h, w))
     rows = torch.cat([t.to(images.device, torch.float32) for t in targets])
@@ -230,15 +213,7 @@ class Detector(nn.Module):
     """YOLOv5 as a `Task`. Without `weights` it starts from random ones drawn with `seed`.
     `weights` is a .pt file of ultralytics on this machine, read without executing code from it, or a .safetensors file
     with the same tensors and names; of a file of the original repository, backbone and neck are taken. Nothing is
-    downloaded.
-
-    Fields:
-        net: a DetectionModel of ultralytics
-    Args:
-        model: or any other of ultralytics: yolov8s, yolo11n, ...
-        weights: local file, or None for random weights
-        seed: of all weights that `weights` does not bring
-    """
+    downloaded."""
     net: Any  # a DetectionModel of ultralytics
 
     def __init__(self, classes: Sequence[str],              # names, in the order of the class indices
@@ -261,13 +236,7 @@ class Detector(nn.Module):
     def loss(self, images: Tensor,              # RGB (B,3,H,W) in [0,1]; padded to multiples of 32
              targets: Sequence[Tensor],         # B tensors (n,5): class, cx, cy, w, h; relative; n may be 0
     ) -> Tensor:                                # scalar
-        """Box, class and distance loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes.
-
-        Args:
-            targets: B tensors (n,5): class, cx, cy, w, h; relative; n may be 0
-        Returns:
-            scalar
-        """
+        "Box, class and distance loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes."
         check_images(images, len(targets))
         for rows in targets: check_rows(rows, self.classes)
         parts, _ = self.net.loss(yolo_batch(images, targets))

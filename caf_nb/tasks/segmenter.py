@@ -104,15 +104,7 @@ def _segmentation_network(model: str, classes: tuple[str, ...], weights: str | P
 # %% ../../nbs/lib/15_segmenter.ipynb #d9e8cdde
 class Segmenter(nn.Module):
     """SegFormer as a `Task`. Without `weights` it starts from random ones drawn with `seed`.
-    `weights` is a local folder that `save_pretrained` wrote. Nothing is downloaded.
-
-    Fields:
-        net: of transformers
-    Args:
-        model: one of `SEGMENTERS`
-        weights: local folder, or None for random weights
-        seed: of all weights that `weights` does not bring
-    """
+    `weights` is a local folder that `save_pretrained` wrote. Nothing is downloaded."""
 
     ignore = 255  # the label of pixels that do not count
     net: Any      # of transformers
@@ -133,13 +125,7 @@ class Segmenter(nn.Module):
     def loss(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
     ) -> Tensor:                   # scalar
-        """Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes and unknown classes.
-
-        Args:
-            targets: (B,H,W) int64 class index; 255: does not count
-        Returns:
-            scalar
-        """
+        "Cross-entropy over all labelled pixels. Raises `CafError` on wrong shapes and unknown classes."
         check_masks(images, targets, self.classes, self.ignore)
         labelled = (targets != self.ignore).any()  # of one value, which is not asked for: a card would be waited for
         labels = torch.where(labelled, targets, 0).to(images.device)
@@ -152,11 +138,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def predict(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
     ) -> Tensor:                      # (B,H,W) int64 class index
-        """The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was.
-
-        Returns:
-            (B,H,W) int64 class index
-        """
+        "The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was."
         training = self.training
         self.eval()
         logits = self.net(pixel_values=(images - self.mean) / self.std).logits

@@ -28,12 +28,7 @@ class Task(Protocol):
 def check_images(images: Tensor, # RGB (B,3,H,W)
                   targets: int,   # how many there are
 ) -> None:
-    """Raises `CafError` unless `images` is a batch of RGB images with a target each.
-
-    Args:
-        images: RGB (B,3,H,W)
-        targets: how many there are
-    """
+    "Raises `CafError` unless `images` is a batch of RGB images with a target each."
     if images.ndim != 4 or images.shape[1] != 3:
         raise CafError(f"images have shape {tuple(images.shape)} instead of (B,3,H,W)",
                        remedy="Give a luminance its colour with caf_nb.data.recolor")

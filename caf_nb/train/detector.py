@@ -72,18 +72,7 @@ def write_yolo_folder(root: str | Path,         # made if absent
                       stems: Sequence[str],     # file names without extension
                       classes: Sequence[str],   # names, in the order of the class indices
 ) -> Path:                                      # data.yaml, which lists every split written so far
-    """Write one split in the layout of ultralytics. Raises `CafError` on bad labels and on a folder with other pictures.
-
-    Args:
-        root: made if absent
-        split: "train", "val" or "test"
-        images: RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
-        boxes: (n,5) a picture: class, cx, cy, w, h; relative; n may be 0
-        stems: file names without extension
-        classes: names, in the order of the class indices
-    Returns:
-        data.yaml, which lists every split written so far
-    """
+    "Write one split in the layout of ultralytics. Raises `CafError` on bad labels and on a folder with other pictures."
     root = Path(root)
     if split not in ("train", "val", "test"):
         raise CafError(f"there is no split {split!r}", remedy="Choose train, val or test")
@@ -128,13 +117,7 @@ def _check_split(data: Path, split: str, classes: Sequence[str]) -> None:
 
 # %% ../../nbs/lib/23_detector_training.ipynb #cf07e1fb
 class DetectionScores(NamedTuple):
-    """What the validator measured on one split.
-
-    Fields:
-        ap: class -> AP@.5:.95 in [0,1]; nan: the split has no box of it
-        map: mean of `ap` over the classes in the split
-        map50: the same at the overlap 0.5 alone
-    """
+    "What the validator measured on one split."
     ap: dict[str, float] # class -> AP@.5:.95 in [0,1]; nan: the split has no box of it
     map: float           # mean of `ap` over the classes in the split
     map50: float         # the same at the overlap 0.5 alone
@@ -172,15 +155,7 @@ def matched_boxes(detector: Detector | AnchorDetector,
                   batch_size: int = 32,
                   device: str | torch.device = "auto", # of several, as in "0,1", the first
 ) -> dict[str, Matched]:                         # by the stem of the picture
-    """What the validator of ultralytics finds on a split. Raises `CafError` on a split that cannot be scored.
-
-    Args:
-        data: data.yaml, or the folder that holds it
-        size: longer side of the images for the network, in pixels
-        device: of several, as in "0,1", the first
-    Returns:
-        by the stem of the picture
-    """
+    "What the validator of ultralytics finds on a split. Raises `CafError` on a split that cannot be scored."
     data, found = _data_file(data), dict[str, Matched]()
     _check_split(data, split, detector.classes)
     with tempfile.TemporaryDirectory() as scratch, contained_ultralytics(), _their_errors(data):
@@ -202,11 +177,7 @@ def _data_file(data: str | Path) -> Path: return Path(data)/"data.yaml" if Path(
 def average_precision(found: Iterable[Matched], # of some pictures, at least one
                       classes: Sequence[str],
 ) -> DetectionScores:
-    """The scores of these pictures.
-
-    Args:
-        found: of some pictures, at least one
-    """
+    "The scores of these pictures."
     with contained_ultralytics():
         from ultralytics.utils.metrics import DetMetrics
         metrics = DetMetrics(dict(enumerate(classes)))
@@ -437,17 +408,7 @@ def _run_trainer(detector: Detector | AnchorDetector, options: dict[str, Any], k
 
 # %% ../../nbs/lib/23_detector_training.ipynb #357e560a
 class DetectorResult(NamedTuple):
-    """A fine-tuned detector: how good, from where, how long.
-
-    Fields:
-        ap: class -> AP@.5:.95 on the test split; nan: the split has no box of it
-        map: mAP@.5:.95
-        map50: mAP@.5
-        losses: mean training loss of each epoch
-        checkpoint: .pt file for `Detector(weights=...)`, or for `AnchorDetector`
-        provenance: the network, its start, and the epochs
-        seconds: of training and test together
-    """
+    "A fine-tuned detector: how good, from where, how long."
     ap: dict[str, float]   # class -> AP@.5:.95 on the test split; nan: the split has no box of it
     map: float             # mAP@.5:.95
     map50: float           # mAP@.5
@@ -490,23 +451,7 @@ def finetune_detector(detector: Detector | AnchorDetector, # where it starts; ta
 ) -> DetectorResult:
     """Fine-tune on fused images with the trainer of ultralytics, and score on the test split. Deterministic for a seed
     on one CPU, and resumable, without workers to the bit. Raises `CafError` on unusable folders and on a state of
-    another training.
-
-    Args:
-        detector: where it starts; takes over the result
-        data: data.yaml, or the folder that holds it, with train and test
-        settings: epochs and batch size
-        size: side of the training images, in pixels; multiple of 32
-        out: folder for the checkpoint and the log
-        seed: of batch order and augmentation
-        device: "0,1": two cards
-        select_best: keep the epoch that is best on val, instead of the last
-        progress: show a bar
-        folder: where the state is kept (detector.pt) and resumed from
-        save_every: epochs between two states
-        log: folder for TensorBoard
-        recipe: options of ultralytics, such as mosaic=0.0
-    """
+    another training."""
     start, data, out = time.perf_counter(), _data_file(data), Path(out).resolve()
     for split in ("train", "test"): _check_split(data, split, detector.classes)
     if settings.patience and not select_best:

@@ -41,13 +41,7 @@ def caf_recipe(space: Callable[..., Tensor], # LossSpace
                beta: Tensor,                 # (15,) weights in the order of TERMS
                settings: FusionSettings,     # epochs, batch size, learning rate of Adam, crop
 ) -> Recipe:
-    """The paper's training, for any network.
-
-    Args:
-        space: LossSpace
-        beta: (15,) weights in the order of TERMS
-        settings: epochs, batch size, learning rate of Adam, crop
-    """
+    "The paper's training, for any network."
     adam = partial(torch.optim.Adam, lr=settings.lr)
     return Recipe(partial(_FixedLoss, space, beta), adam, settings.epochs, settings.batch_size, settings.crop)
 
@@ -234,22 +228,7 @@ def train_fusion(net: nn.Module,
 ) -> History:
     """Train a fusion network, on the device where it is. Deterministic for a seed on one CPU, and resumable to the bit.
     Raises `CafError` on an empty set, without a recipe, and on a state of another training, and `NotFinite` on a loss
-    that is not finite.
-
-    Args:
-        net: (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
-        scenes: of one size, or larger than the crop; a list, if making one is slow
-        recipe: stages in order: `caf_recipe(...)`, or the `recipe` of a `Method`
-        seed: of the batch order, and of what the objectives draw
-        progress: show a bar
-        folder: where the state is kept (fusion.pt) and resumed from
-        save_every: steps between two states
-        accumulate: parts in which a batch is computed, where a whole one does not fit into memory
-        patience: a stage ends after so many epochs without a lower mean loss; 0: never
-        half: the network in half precision, on a device that has one
-        workers: processes that read scenes ahead; the result is the same
-        log: folder for TensorBoard
-    """
+    that is not finite."""
     if not len(scenes):
         raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
     stages = (recipe,) if isinstance(recipe, Recipe) else tuple(recipe)

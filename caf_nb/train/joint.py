@@ -64,22 +64,7 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
                 save_every: int = 50,     # steps between two states
 ) -> History:
     """Train fusion and task network on L_f + mu L_t. Deterministic for a seed on one CPU, and resumable to the bit.
-    Raises `CafError` on an empty set, a negative `weight` and a state of another training, `NotFinite` on a loss that is not finite.
-
-    Args:
-        net: (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
-        task: trained in place as well
-        space: L_f
-        beta: (15,) its weights, in the order of TERMS
-        scenes: labelled, of one size; a list, if making a scene is slow
-        settings: epochs, batch size, learning rate of Adam for omega_f
-        weight: mu, at least 0; 0 is the training without the task
-        lr_task: Adam for omega_t
-        seed: of the batch order, and of what the task draws
-        progress: show a bar
-        folder: where the state is kept (joint.pt) and resumed from
-        save_every: steps between two states
-    """
+    Raises `CafError` on an empty set, a negative `weight` and a state of another training, `NotFinite` on a loss that is not finite."""
     if not len(scenes):
         raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
     if weight < 0: raise CafError(f"the weight of the task loss is {weight}", remedy="Choose 0 or more")

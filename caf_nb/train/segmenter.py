@@ -32,15 +32,7 @@ def write_mask_folder(root: str | Path,         # made if absent
                       masks: Iterable[Tensor],  # (H,W) class index; 255: unlabelled, ignored
                       stems: Sequence[str],     # file names without extension
 ) -> None:
-    """Write one split of images and class masks. Raises `CafError` on a folder with other pictures.
-
-    Args:
-        root: made if absent
-        split: "train", "val" or "test"
-        images: RGB (3,H,W) or gray (1,H,W), uint8 or float in [0,1]
-        masks: (H,W) class index; 255: unlabelled, ignored
-        stems: file names without extension
-    """
+    "Write one split of images and class masks. Raises `CafError` on a folder with other pictures."
     pictures, labels = _split_folders(Path(root), split, "masks", stems)
     for image, mask, stem in zip(images, masks, stems, strict=True):
         write_png(pictures/f"{stem}.png", image)
@@ -63,14 +55,7 @@ class MaskFolder(Sequence):
 
 # %% ../../nbs/lib/24_segmenter_training.ipynb #2acd0c48
 class SegmentationScores(NamedTuple):
-    """What was measured on one split.
-
-    Fields:
-        iou: class -> IoU in [0,1]; nan: no pixel of the split has it
-        acc: class -> share of its pixels that were found; nan likewise
-        miou: mean of `iou` over the classes in the split
-        macc: mean of `acc` likewise
-    """
+    "What was measured on one split."
     iou: dict[str, float] # class -> IoU in [0,1]; nan: no pixel of the split has it
     acc: dict[str, float] # class -> share of its pixels that were found; nan likewise
     miou: float           # mean of `iou` over the classes in the split
@@ -101,11 +86,7 @@ def evaluate_segmenter(segmenter: Segmenter,
                        pairs: Sequence[tuple[Tensor, Tensor]], # image (3,H,W) in [0,1] and mask (H,W), of one size
                        batch_size: int = 8,
 ) -> SegmentationScores:
-    """IoU and accuracy of every class over a whole split. Raises `CafError` on an empty one.
-
-    Args:
-        pairs: image (3,H,W) in [0,1] and mask (H,W), of one size
-    """
+    "IoU and accuracy of every class over a whole split. Raises `CafError` on an empty one."
     if not len(pairs): raise CafError("there is no image to evaluate on", remedy="Check the folders of the test split")
     where = next(segmenter.parameters()).device
     metrics = _segmentation_metrics(len(segmenter.classes), segmenter.ignore).to(where)
@@ -241,16 +222,7 @@ def _check_classes(pairs: Sequence[tuple[Tensor, Tensor]], split: str, segmenter
 
 # %% ../../nbs/lib/24_segmenter_training.ipynb #3be03c20
 class SegmenterResult(NamedTuple):
-    """A fine-tuned segmenter: how good, from where, how long.
-
-    Fields:
-        iou: class -> IoU on the test split; nan: no pixel of the split has it
-        acc: class -> Acc likewise
-        losses: one a step
-        checkpoint: folder for `Segmenter(weights=...)`
-        provenance: the network, its start, and the steps
-        seconds: of training and test together
-    """
+    "A fine-tuned segmenter: how good, from where, how long."
     iou: dict[str, float]    # class -> IoU on the test split; nan: no pixel of the split has it
     acc: dict[str, float]    # class -> Acc likewise
     miou: float
@@ -275,20 +247,7 @@ def finetune_segmenter(segmenter: Segmenter,
 ) -> SegmenterResult:
     """Fine-tune on fused images and score on the test split. Deterministic for a seed on one CPU, and resumable to
     the bit. Raises `CafError` on empty splits and on a state of another training, and `NotFinite` on a loss that is
-    not finite.
-
-    Args:
-        segmenter: trained in place, on the device where it is; left in evaluation mode
-        train: image (3,H,W) in [0,1] and mask (H,W), of one size
-        test: likewise
-        settings: steps, batch size, learning rate of AdamW
-        out: folder for the weights
-        seed: of batch order, mirroring and dropout
-        progress: show a bar
-        folder: where the state is kept (segmenter.pt) and resumed from
-        save_every: steps between two states
-        log: folder for TensorBoard
-    """
+    not finite."""
     if not len(train): raise CafError("there is no image to train on", remedy="Check the folders of the training split")
     if folder is None or not (Path(folder)/"segmenter.pt").exists(): # else they were checked when it began
         for split, pairs in (("training", train), ("test", test)): _check_classes(pairs, split, segmenter)

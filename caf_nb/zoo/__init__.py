@@ -29,12 +29,7 @@ if TYPE_CHECKING: import pandas as pd
 # %% ../../nbs/zoo/index.ipynb #13a9a9f5
 class Objective(nn.Module):
     """What a stage of a training minimises. Modules that only the training needs (discriminators, decoders) may live in
-    it.
-
-    Fields:
-        epoch: of this stage, from 0; the trainer sets both before each batch
-        step: of this stage, from 0
-    """
+    it."""
     epoch: int = 0 # of this stage, from 0; the trainer sets both before each batch
     step: int = 0  # of this stage, from 0
 
@@ -49,24 +44,12 @@ class Objective(nn.Module):
                 ir: Tensor,           # (B,1,H,W) in [0,1]
                 vi: Tensor,           # (B,1,H,W) in [0,1], aligned
     ) -> Tensor:                      # scalar
-        """The loss of a batch.
-
-        Args:
-            ir: (B,1,H,W) in [0,1]
-            vi: (B,1,H,W) in [0,1], aligned
-        Returns:
-            scalar
-        """
+        "The loss of a batch."
         raise NotImplementedError
 
 # %% ../../nbs/zoo/index.ipynb #056d2d0c
 class Recipe(NamedTuple):
-    """One stage of a training, with the published numbers.
-
-    Fields:
-        crop: side of the random square cut from each scene, in pixels; None: the whole scene
-        schedule: steps once an epoch
-    """
+    "One stage of a training, with the published numbers."
     objective: Callable[[], Objective]
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     epochs: int
@@ -77,18 +60,7 @@ class Recipe(NamedTuple):
 
 # %% ../../nbs/zoo/index.ipynb #c3bae5a7
 class Method(NamedTuple):
-    """A fusion method: its network, its authors' file, and how it was trained.
-
-    Fields:
-        network: untrained; options by keyword; forward(ir, vi) -> (B,1,H,W) for any H, W; [0,1] before rounding and overshoot
-        title: as its authors write it
-        page: where its authors published it
-        licence: of the published weights; "none stated" where there is none
-        weights: name of the published file; of the first one, if there are several
-        read: that file to official names; None: a method without weights
-        convert: official names to ours
-        recipe: stages in order; empty where none was published
-    """
+    "A fusion method: its network, its authors' file, and how it was trained."
     # untrained; options by keyword; forward(ir, vi) -> (B,1,H,W) for any H, W; [0,1] before rounding and overshoot
     network: Callable[..., nn.Module]
     title: str                            # as its authors write it
@@ -120,11 +92,7 @@ METHODS: dict[str, str | Method] = {
 
 def find_method(name: str, # a name in `METHODS` or of an installed package, in any case
 ) -> Method:
-    """The entry of a method. Raises `CafError` on an unknown name, with the known ones.
-
-    Args:
-        name: a name in `METHODS` or of an installed package, in any case
-    """
+    "The entry of a method. Raises `CafError` on an unknown name, with the known ones."
     entry = METHODS.get(name.lower()) or _registered().get(name.lower())
     if entry is None:
         known = ", ".join(METHODS | _registered())
@@ -139,13 +107,7 @@ def find_method(name: str, # a name in `METHODS` or of an installed package, in 
 # %% ../../nbs/zoo/index.ipynb #6dd11fd7
 def load_plugin(file: str | Path, # it has a `METHOD`, called as the file, or adds to `METHODS`; its code is executed
 ) -> list[str]:                   # the names of its methods
-    """Add the methods of a Python file. Raises `CafError` if it has none, or fails.
-
-    Args:
-        file: it has a `METHOD`, called as the file, or adds to `METHODS`; its code is executed
-    Returns:
-        the names of its methods
-    """
+    "Add the methods of a Python file. Raises `CafError` if it has none, or fails."
     file, before = Path(file), dict(METHODS)
     if not file.is_file(): raise CafError("there is no such file", file, "Check the path")
     spec: Any = spec_from_file_location(f"caf_nb_plugin_{file.stem}", file)
@@ -164,14 +126,7 @@ def load_plugin(file: str | Path, # it has a `METHOD`, called as the file, or ad
 def build_network(method: str,    # a name in `METHODS`
                   **options: Any, # of the method's network, such as a fusion rule
 ) -> nn.Module:                   # with random weights
-    """The untrained network of a method. Raises `CafError` on an option that it does not have, with those it has.
-
-    Args:
-        method: a name in `METHODS`
-        options: of the method's network, such as a fusion rule
-    Returns:
-        with random weights
-    """
+    "The untrained network of a method. Raises `CafError` on an option that it does not have, with those it has."
     network = find_method(method).network
     known = [name for name, p in inspect.signature(network).parameters.items()
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -187,11 +142,7 @@ _ONNX = ("ir", "vi", "fused")
 def write_onnx(net: nn.Module, # forward(ir, vi) -> (B,1,H,W), in evaluation, on the CPU
                file: Path,
 ) -> None:
-    """Trace a network for pictures of any size.
-
-    Args:
-        net: forward(ir, vi) -> (B,1,H,W), in evaluation, on the CPU
-    """
+    "Trace a network for pictures of any size."
     pair = tuple(torch.rand(2, 1, 1, 48, 64, generator=torch.Generator().manual_seed(0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # about constants of the trace, and the exporter's age
@@ -202,14 +153,7 @@ def write_onnx(net: nn.Module, # forward(ir, vi) -> (B,1,H,W), in evaluation, on
 def onnx_session(file: Path, # of `write_onnx`
                  extra: str, # of caf_nb, which brings ONNX Runtime
 ) -> Callable[[Tensor, Tensor], Tensor]: # ir and vi (B,1,H,W) to (B,1,H,W)
-    """The network in ONNX Runtime on the CPU. Raises `CafError` if that is not installed.
-
-    Args:
-        file: of `write_onnx`
-        extra: of caf_nb, which brings ONNX Runtime
-    Returns:
-        ir and vi (B,1,H,W) to (B,1,H,W)
-    """
+    "The network in ONNX Runtime on the CPU. Raises `CafError` if that is not installed."
     onnxruntime = optional("onnxruntime", extra)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -220,13 +164,7 @@ def onnx_session(file: Path, # of `write_onnx`
 def gflops(network: Callable[[], nn.Module],
            size: tuple[int, int] = (480, 640), # (H, W) of the pair, in pixels
 ) -> float:                                    # 1e9 operations
-    """Floating-point operations to fuse one pair, counted without computing them.
-
-    Args:
-        size: (H, W) of the pair, in pixels
-    Returns:
-        1e9 operations
-    """
+    "Floating-point operations to fuse one pair, counted without computing them."
     from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         network().eval()(torch.empty(1, 1, *size), torch.empty(1, 1, *size))
@@ -236,13 +174,7 @@ def gflops(network: Callable[[], nn.Module],
 def method_table(methods: Iterable[str] = tuple(METHODS), # names; sources are left out
 # one row per method: title, venue, year, parameters, gflops, page, licence
 ) -> "pd.DataFrame":
-    """What the methods are and what they cost.
-
-    Args:
-        methods: names; sources are left out
-    Returns:
-        one row per method: title, venue, year, parameters, gflops, page, licence
-    """
+    "What the methods are and what they cost."
     import pandas as pd
     entries = {name: entry for name in methods if (entry := find_method(name)).read is not None}
     def row(entry): return {"title": entry.title, "venue": entry.venue, "year": entry.year,

@@ -110,12 +110,7 @@ def _reflect(length: int,              # pixels in a row
 
 # %% ../../nbs/zoo/defusion.ipynb #df4cedf3
 class Decomposition(NamedTuple):
-    """What `DeFusion.decompose` gives; all (B,3,H,W), not negative in evaluation.
-
-    Fields:
-        common: what both sources show
-        first: what only the first shows
-    """
+    "What `DeFusion.decompose` gives; all (B,3,H,W), not negative in evaluation."
     common: Tensor # what both sources show
     first: Tensor  # what only the first shows
     second: Tensor
@@ -144,11 +139,7 @@ class DeFusion(nn.Module):
     def decompose(self, first: Tensor, # (B,3,H,W) in [0,1]
                   second: Tensor,      # like `first`, aligned
     ) -> Decomposition:
-        """Common part, unique parts and fused image, without any padding.
-
-        Args:
-            second: like `first`, aligned
-        """
+        "Common part, unique parts and fused image, without any padding."
         size, a, b = first.shape[-2:], self.encoder(first), self.encoder(second)
         deep = self.common_encoder(torch.cat([a[-1], b[-1]], 1))
         parts = [self.common_decoder(deep, [a, b], size), self.unique_decoder(deep, [a], size),
@@ -188,13 +179,7 @@ def _our_name(name: str) -> str:
 # %% ../../nbs/zoo/defusion.ipynb #733906b8
 def from_official(state: Mapping[str, Tensor], # official names, perhaps below a prefix, with or without the duplicates
 ) -> dict[str, Tensor]:                        # the same tensors under the names of `DeFusion`; unknown names stay
-    """Official names to ours. Raises `CafError` if the two sources have different weights.
-
-    Args:
-        state: official names, perhaps below a prefix, with or without the duplicates
-    Returns:
-        the same tensors under the names of `DeFusion`; unknown names stay
-    """
+    "Official names to ours. Raises `CafError` if the two sources have different weights."
     prefixes = [name.removesuffix("encoder_upper.0.weight") for name in state
                 if name.endswith("encoder_upper.0.weight")]
     start = prefixes[0] if len(prefixes) == 1 else ""

@@ -28,12 +28,7 @@ def _layer(inputs: int, outputs: int, act: nn.Module, padding: Literal["zeros", 
                                      norm=nn.BatchNorm2d(outputs), act=act))
 
 class Features(NamedTuple):
-    """What the encoder makes of an image; each part is (B,64,H,W).
-
-    Fields:
-        base: in (-1,1)
-        detail: in (-1,1)
-    """
+    "What the encoder makes of an image; each part is (B,64,H,W)."
     first: Tensor
     second: Tensor
     base: Tensor   # in (-1,1)
@@ -110,24 +105,12 @@ _OFFICIAL = {f"{ours}.{part}": f"{theirs}.{start + i}" for ours, (theirs, start)
 def to_official(state: Mapping[str, Tensor], # a state of DIDFuse
 # the same tensors, `encoder.` or `decoder.` before the names of the two official files
 ) -> dict[str, Tensor]:
-    """Our names to the official ones.
-
-    Args:
-        state: a state of DIDFuse
-    Returns:
-        the same tensors, `encoder.` or `decoder.` before the names of the two official files
-    """
+    "Our names to the official ones."
     return renamed(state, _OFFICIAL)
 
 def from_official(state: Mapping[str, Tensor], # official names below `encoder.` and `decoder.`
 ) -> dict[str, Tensor]:                        # the same tensors under the names of DIDFuse
-    """Official names to ours.
-
-    Args:
-        state: official names below `encoder.` and `decoder.`
-    Returns:
-        the same tensors under the names of DIDFuse
-    """
+    "Official names to ours."
     return renamed(state, {theirs: ours for ours, theirs in _OFFICIAL.items()})
 
 # %% ../../nbs/zoo/didfuse.ipynb #d4e9ca6e

@@ -21,14 +21,7 @@ def run_onnx(file: str | Path, # of `to_onnx`
              ir: Tensor,       # (B,1,H,W) in [0,1]
              vi: Tensor,
 ) -> Tensor:                   # (B,1,H,W)
-    """Fuse with ONNX Runtime on the CPU.
-
-    Args:
-        file: of `to_onnx`
-        ir: (B,1,H,W) in [0,1]
-    Returns:
-        (B,1,H,W)
-    """
+    "Fuse with ONNX Runtime on the CPU."
     return onnx_session(Path(file), "export")(ir, vi)
 
 # %% ../../nbs/zoo/export.ipynb #5df5daa9
@@ -36,15 +29,7 @@ def to_onnx(net: nn.Module,          # forward(ir, vi) -> (B,1,H,W)
             file: str | Path,        # FILE.onnx
             tolerance: float = 1e-5, # of its output
 ) -> float:                          # the largest difference that was found
-    """Write a network as ONNX, for any size. Raises `CafError` if that is not possible, or if it gives other pictures.
-
-    Args:
-        net: forward(ir, vi) -> (B,1,H,W)
-        file: FILE.onnx
-        tolerance: of its output
-    Returns:
-        the largest difference that was found
-    """
+    "Write a network as ONNX, for any size. Raises `CafError` if that is not possible, or if it gives other pictures."
     optional("onnx", "export")
     device, training = next(net.parameters(), torch.zeros(())).device, net.training
     try:
@@ -81,11 +66,7 @@ net = FusionModel.from_pretrained("this folder")   # net(ir, vi): (B,1,H,W) in [
 
 class FusionModel(nn.Module, _hub.PyTorchModelHubMixin, library_name="caf_nb", tags=["image-fusion"], # type: ignore
                   repo_url="https://github.com/caf-nb/caf_nb", model_card_template=_CARD):
-    """The network of a method, to be saved and loaded as models of the hub are.
-
-    Args:
-        options: of its network
-    """
+    "The network of a method, to be saved and loaded as models of the hub are."
 
     def __init__(self, method: str = "caf", # a name in `METHODS`
                  **options: Any,            # of its network
@@ -116,14 +97,7 @@ def save_model(folder: str | Path,
                provenance: dict[str, Any], # for the card
                **options: Any,             # of its network
 ) -> None:
-    """Write a network so that `FusionModel.from_pretrained` loads it. Raises `CafError` if it is of another method.
-
-    Args:
-        net: of the method
-        method: a name in `METHODS`
-        provenance: for the card
-        options: of its network
-    """
+    "Write a network so that `FusionModel.from_pretrained` loads it. Raises `CafError` if it is of another method."
     model: Any = FusionModel(method=method, **options)
     entry = find_method(method)
     try: model.net.load_state_dict(net.state_dict())

@@ -22,12 +22,7 @@ from . import Method, Objective, Recipe
 
 # %% ../../nbs/zoo/reconet.ipynb #24f4da7b
 class Round(NamedTuple):
-    """One recurrence; each part is (B,1,H,W).
-
-    Fields:
-        fused: the guess after it, in (-1,1)
-        attention_ir: in (0,1)
-    """
+    "One recurrence; each part is (B,1,H,W)."
     fused: Tensor        # the guess after it, in (-1,1)
     attention_ir: Tensor # in (0,1)
     attention_vi: Tensor
@@ -69,12 +64,7 @@ def _by_places(branches: Any, out: Any, # as for `_in_blocks`
 # %% ../../nbs/zoo/reconet.ipynb #0a6290b7
 class ReCoNet(nn.Module):
     """ReCoNet(ir, vi); 7,527 parameters, the later version 3,589. Raises `CafError` on unknown options. Source: Huang
-    et al., ECCV 2022.
-
-    Args:
-        variant: the version of the paper, or the later ReCo+
-        start: the first guess; the released program of v0 starts from "max"
-    """
+    et al., ECCV 2022."""
     rounds = 3
     reach = 5 * rounds # rows and columns around a pixel that it depends on
     in_blocks = False  # how `folded` computes a round
@@ -110,14 +100,7 @@ class ReCoNet(nn.Module):
               ir: Tensor, # (B,1,H,W) in [0,1]
               vi: Tensor, # (B,1,H,W) in [0,1], aligned with `ir`
     ) -> list[Round]:     # the three rounds
-        """All that happens between the sources and the fused image.
-
-        Args:
-            ir: (B,1,H,W) in [0,1]
-            vi: (B,1,H,W) in [0,1], aligned with `ir`
-        Returns:
-            the three rounds
-        """
+        "All that happens between the sources and the fused image."
         fused, done = torch.maximum(ir, vi) if self.start == "max" else (ir + vi) / 2, []
         for _ in range(self.rounds):
             done.append(self.once(ir, vi, fused))
@@ -136,24 +119,12 @@ _PLUS = {"attention_ir": "att_a_conv", "attention_vi": "att_b_conv", "out.conv":
 
 def to_official(state: Mapping[str, Tensor], # a state of ReCoNet, of either version
 ) -> dict[str, Tensor]:                      # the same tensors under the names of the released network
-    """Our names to the official ones.
-
-    Args:
-        state: a state of ReCoNet, of either version
-    Returns:
-        the same tensors under the names of the released network
-    """
+    "Our names to the official ones."
     return renamed(state, _V0 if "out.norm.weight" in state else _PLUS)
 
 def from_official(state: Mapping[str, Tensor], # official names, of either version
 ) -> dict[str, Tensor]:                        # the same tensors under the names of ReCoNet
-    """Official names to ours.
-
-    Args:
-        state: official names, of either version
-    Returns:
-        the same tensors under the names of ReCoNet
-    """
+    "Official names to ours."
     return renamed(state, {theirs: ours for names in (_V0, _PLUS) for ours, theirs in names.items()})
 
 # %% ../../nbs/zoo/reconet.ipynb #ca1c56da

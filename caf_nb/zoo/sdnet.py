@@ -46,13 +46,7 @@ def _rebuilt(path: nn.ModuleList, features: Tensor) -> Tensor:
 def stretched(image: Tensor, # (B,1,H,W)
 # (B,1,H,W) in [0,1]; the smallest value of each picture is 0, the largest 1; a constant picture is 0
 ) -> Tensor:
-    """Each picture stretched over the whole range, as the `imsave` of old SciPy did.
-
-    Args:
-        image: (B,1,H,W)
-    Returns:
-        (B,1,H,W) in [0,1]; the smallest value of each picture is 0, the largest 1; a constant picture is 0
-    """
+    "Each picture stretched over the whole range, as the `imsave` of old SciPy did."
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     return (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)
 
@@ -84,13 +78,7 @@ class SDNet(nn.Module):
     def decompose(self,
                   fused: Tensor,     # (B,1,H,W) in [0,1]
     ) -> tuple[Tensor, Tensor]:      # (ir, vi), each (B,1,H,W) in [0,1]
-        """What can be told of the sources from the fused picture alone; needed in training only.
-
-        Args:
-            fused: (B,1,H,W) in [0,1]
-        Returns:
-            (ir, vi), each (B,1,H,W) in [0,1]
-        """
+        "What can be told of the sources from the fused picture alone; needed in training only."
         features = _lrelu(self.expand(2 * fused - 1))
         return (_rebuilt(self.back_ir, features) + 1) / 2, (_rebuilt(self.back_vi, features) + 1) / 2
 
@@ -111,24 +99,12 @@ _NAMES = {f"{ours}.{kind}": _official(scope, kind) for ours, scope in _scopes().
 # %% ../../nbs/zoo/sdnet.ipynb #5ff147a0
 def to_official(state: Mapping[str, Tensor], # a state of SDNet
 ) -> dict[str, Tensor]:                      # names and layout of the released checkpoint
-    """Our names to the official ones.
-
-    Args:
-        state: a state of SDNet
-    Returns:
-        names and layout of the released checkpoint
-    """
+    "Our names to the official ones."
     return {_NAMES.get(name, name): to_tensorflow(tensor) for name, tensor in state.items()}
 
 def from_official(state: Mapping[str, Tensor], # names and layout of the released checkpoint
 ) -> dict[str, Tensor]:                        # a state of SDNet
-    """Official names to ours.
-
-    Args:
-        state: names and layout of the released checkpoint
-    Returns:
-        a state of SDNet
-    """
+    "Official names to ours."
     ours = {theirs: name for name, theirs in _NAMES.items()}
     return {ours.get(name, name): to_torch(tensor) for name, tensor in state.items()}
 
@@ -157,15 +133,7 @@ def fusion_loss(fused: Tensor, # (B,1,H,W) in [-1,1]; so are the others
                 alpha: float = 0.5, # weight of the visible intensities
                 beta: float = 80.,  # weight of the gradients
 ) -> Tensor:                        # scalar
-    """Intensity and gradient terms. Source: the released trainer of SDNet.
-
-    Args:
-        fused: (B,1,H,W) in [-1,1]; so are the others
-        alpha: weight of the visible intensities
-        beta: weight of the gradients
-    Returns:
-        scalar
-    """
+    "Intensity and gradient terms. Source: the released trainer of SDNet."
     from_vi = _decision(ir, vi)
     intensity = F.mse_loss(fused, ir) + alpha * F.mse_loss(fused, vi)
     gradient = ((1 - from_vi) * laplacian(fused - ir).square()).mean() + (from_vi
@@ -177,13 +145,7 @@ def decomposition_loss(parts: Sequence[Tensor], # what was rebuilt of ir and vi,
                        ir: Tensor,
                        vi: Tensor,
 ) -> Tensor:                                    # scalar
-    """How well the sources can be rebuilt.
-
-    Args:
-        parts: what was rebuilt of ir and vi, (B,1,H,W) each
-    Returns:
-        scalar
-    """
+    "How well the sources can be rebuilt."
     return F.mse_loss(parts[0], ir) + F.mse_loss(parts[1], vi)
 
 # %% ../../nbs/zoo/sdnet.ipynb #0674671f

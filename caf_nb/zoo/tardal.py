@@ -73,13 +73,7 @@ _OFFICIAL = {
 def from_official(state: Mapping[str, Tensor],
 # the tensors of the generator under the names of `TarDAL`; unknown names stay
 ) -> dict[str, Tensor]:
-    """Official names to ours.
-
-    Args:
-        state: official names, perhaps below a prefix, perhaps with discriminators beside them
-    Returns:
-        the tensors of the generator under the names of `TarDAL`; unknown names stay
-    """
+    "Official names to ours."
     prefixes = [name.removesuffix("encoder.0.weight") for name in state if name.endswith("encoder.0.weight")]
     start = prefixes[0] if len(prefixes) == 1 else ""
     return renamed({name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)},

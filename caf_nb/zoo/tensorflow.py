@@ -29,11 +29,7 @@ def _remainders() -> tuple[int, ...]:
     return tuple(table)
 
 def crc32c(data: bytes | bytearray) -> int: # 32 bits, not masked
-    """The CRC-32C checksum of `data`. Source: RFC 3720, appendix B.4.
-
-    Returns:
-        32 bits, not masked
-    """
+    "The CRC-32C checksum of `data`. Source: RFC 3720, appendix B.4."
     table, crc = _remainders(), 0xFFFFFFFF
     for byte in data: crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     return crc ^ 0xFFFFFFFF
@@ -208,13 +204,7 @@ def _read_tensor(file: Path, name: str, entry: _Entry) -> Tensor:
 def read_tensorflow(path: str | Path,
 ) -> dict[str, Tensor]:               # names of TensorFlow -> tensors in TensorFlow's layout, on the CPU
     """All tensors of a TensorFlow checkpoint (format V2, of 1.x and 2.x); strings are left out. Raises `CafError` on
-    files that are absent, damaged or something else.
-
-    Args:
-        path: prefix (`model.ckpt`), or one of the files `.index`, `.meta`, `.data-00000-of-00001`
-    Returns:
-        names of TensorFlow -> tensors in TensorFlow's layout, on the CPU
-    """
+    files that are absent, damaged or something else."""
     prefix = _prefix(Path(path))
     index = prefix.with_name(f"{prefix.name}.index")
     if not index.is_file():
@@ -244,22 +234,10 @@ def read_tensorflow(path: str | Path,
 # %% ../../nbs/zoo/tensorflow.ipynb #a2d0ecaf
 def to_torch(tensor: Tensor, # of TensorFlow: a kernel (H,W,I,O), or anything of another rank
 ) -> Tensor:                 # a kernel (O,I,H,W); anything else as it is
-    """A variable of a TensorFlow network in PyTorch's layout.
-
-    Args:
-        tensor: of TensorFlow: a kernel (H,W,I,O), or anything of another rank
-    Returns:
-        a kernel (O,I,H,W); anything else as it is
-    """
+    "A variable of a TensorFlow network in PyTorch's layout."
     return tensor.permute(3, 2, 0, 1).contiguous() if tensor.ndim == 4 else tensor
 
 def to_tensorflow(tensor: Tensor, # of PyTorch: a kernel (O,I,H,W), or anything of another rank
 ) -> Tensor:                      # a kernel (H,W,I,O); anything else as it is
-    """A parameter of a PyTorch network in TensorFlow's layout.
-
-    Args:
-        tensor: of PyTorch: a kernel (O,I,H,W), or anything of another rank
-    Returns:
-        a kernel (H,W,I,O); anything else as it is
-    """
+    "A parameter of a PyTorch network in TensorFlow's layout."
     return tensor.permute(2, 3, 1, 0).contiguous() if tensor.ndim == 4 else tensor

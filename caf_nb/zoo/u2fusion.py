@@ -32,11 +32,7 @@ class _Conv(nn.Conv2d):
 
 # %% ../../nbs/zoo/u2fusion.ipynb #79cd15c4
 class U2Fusion(nn.Module):
-    """The unified fusion network, 659,217 parameters. Source: Xu et al., TPAMI 2022.
-
-    Args:
-        stretch: stretch each result over [0,1]; both together: as the published images
-    """
+    "The unified fusion network, 659,217 parameters. Source: Xu et al., TPAMI 2022."
 
     def __init__(self, ir_first: bool = False, # the order of the two input channels
                  stretch: bool = False,        # stretch each result over [0,1]; both together: as the published images
@@ -73,24 +69,12 @@ _NAMES = {f"{ours}.{kind}": f"{theirs}/{variable}" for ours, theirs in _SCOPES.i
 
 def to_official(state: Mapping[str, Tensor], # a state of U2Fusion
 ) -> dict[str, Tensor]:                      # names and layout of the released checkpoint
-    """Our names to the official ones.
-
-    Args:
-        state: a state of U2Fusion
-    Returns:
-        names and layout of the released checkpoint
-    """
+    "Our names to the official ones."
     return {_NAMES.get(name, name): to_tensorflow(tensor) for name, tensor in state.items()}
 
 def from_official(state: Mapping[str, Tensor], # names and layout of the released checkpoint
 ) -> dict[str, Tensor]:                        # a state of U2Fusion
-    """Official names to ours.
-
-    Args:
-        state: names and layout of the released checkpoint
-    Returns:
-        a state of U2Fusion
-    """
+    "Official names to ours."
     ours = {theirs: name for name, theirs in _NAMES.items()}
     return {ours.get(name, name): to_torch(tensor) for name, tensor in state.items()}
 
@@ -117,15 +101,7 @@ def information(vgg: Vgg,          # features; their weights decide what counts 
                 size: int | None = None,
 ) -> Tensor:                       # (B,), not negative; in squared gray levels
     """The measure g of U2Fusion's released trainer: how much detail the features of an image have, in the mean of five
-    depths.
-
-    Args:
-        vgg: features; their weights decide what counts as information
-        gray: (B,1,H,W) in [0,1]
-        size: side to which the image is brought before, in pixels; None: as it is, at least 16x16
-    Returns:
-        (B,), not negative; in squared gray levels
-    """
+    depths."""
     image = gray if size is None else F.interpolate(gray, (size, size), mode="nearest")
     if min(image.shape[-2:]) < 16:
         raise CafError(f"the images are only {image.shape[-2]}x{image.shape[-1]} pixels",
@@ -162,12 +138,7 @@ def _similarity_loss(fused: Tensor, # (B,1,H,W) in [0,1], at least 11x11 pixels
 
 # %% ../../nbs/zoo/u2fusion.ipynb #9b47eb8f
 class U2FusionLoss(Objective):
-    """The loss of U2Fusion for one task. `vgg.pretrained` says what its weights are.
-
-    Args:
-        c: of `_preservation`; None: 3200 as published for infrared and visible images, 3 with a random VGG
-        size: of the images that VGG sees; None: 224 as published, that of the batch with a random VGG
-    """
+    "The loss of U2Fusion for one task. `vgg.pretrained` says what its weights are."
 
     def __init__(self, vgg: Vgg | str | Path = "random", # a `Vgg`, or what `load_vgg` takes; published: ImageNet
                  # of `_preservation`; None: 3200 as published for infrared and visible images, 3 with a random VGG

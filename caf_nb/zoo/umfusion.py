@@ -82,24 +82,12 @@ _OFFICIAL = {"stem_ir": "conv1_1.0", "stem_vi": "conv2_1.0", "join": "fuse_res",
 
 def to_official(state: Mapping[str, Tensor], # a state of UMFusion
 ) -> dict[str, Tensor]:                      # the same tensors under the names of the released network
-    """Our names to the official ones.
-
-    Args:
-        state: a state of UMFusion
-    Returns:
-        the same tensors under the names of the released network
-    """
+    "Our names to the official ones."
     return renamed(state, _OFFICIAL)
 
 def from_official(state: Mapping[str, Tensor], # official names, perhaps below `net.`
 ) -> dict[str, Tensor]:                        # the same tensors under the names of UMFusion
-    """Official names to ours.
-
-    Args:
-        state: official names, perhaps below `net.`
-    Returns:
-        the same tensors under the names of UMFusion
-    """
+    "Official names to ours."
     return renamed({name.removeprefix("net."): tensor for name, tensor in state.items()},
                    {theirs: ours for ours, theirs in _OFFICIAL.items()})
 
@@ -129,15 +117,7 @@ def ms_ssim(a: Tensor,        # (B,1,H,W), at least 16x16 pixels
             span: float = 1., # range L of the pixel values
 ) -> Tensor:                  # scalar, mean of the batch; 1 for equal images
     """Multi-scale structural similarity. Source: Wang, Simoncelli and Bovik, 2003; padding and weights as in the
-    released trainer.
-
-    Args:
-        a: (B,1,H,W), at least 16x16 pixels
-        b: like `a`
-        span: range L of the pixel values
-    Returns:
-        scalar, mean of the batch; 1 for equal images
-    """
+    released trainer."""
     value = torch.ones(len(a), device=a.device, dtype=a.dtype)
     for scale, weight in enumerate(_SCALES):
         if scale: a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
