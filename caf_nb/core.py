@@ -25,6 +25,12 @@ import numpy as np
 import torch
 from tqdm import TqdmWarning
 
+# %% ../nbs/lib/00_core.ipynb #9d5a50be
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # about missing notebook widgets
+    from tqdm.auto import tqdm
+if os.environ.get("CAF_TEXT_BARS"): from tqdm import tqdm
+
 # %% ../nbs/lib/00_core.ipynb #56afa99e
 def printable(text: object, most: int = 399) -> str: # at most so many characters
     "One line that a terminal can show: what is not printable is escaped, and the middle is cut out where it is long."

@@ -35,10 +35,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 from .checkpoints import load_tensors, read_tensors, renamed, verified
-from .core import CafError, device as find_device, optional, printable, replacing
+from .core import CafError, device as find_device, optional, printable, replacing, tqdm
 from .data.pictures import Levels, percentile_levels, raise_contrast, write_video
 from caf_nb.data import (
     Pair, PairFolder, Video, html_row, luma, marked, pair_shift, read_image, read_pair, recolor, recolor_uint8,

@@ -26,10 +26,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from .checkpoints import load_plain
-from .core import CafError, optional, part_of, remove_dead_parts, replacing, seeded
+from .core import CafError, optional, part_of, remove_dead_parts, replacing, seeded, tqdm
 
 # %% ../nbs/lib/03_loop.ipynb #81c318b6
 def write_state(file: Path,             # replaced as a whole

@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from tqdm import tqdm
 
-from .core import CafError, UnknownName, device as find_device
+from .core import CafError, UnknownName, device as find_device, tqdm
 from .data import PairFolder, read_image
 
 # %% ../nbs/lib/09_metrics.ipynb #0dc9008c

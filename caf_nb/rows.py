@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
-from tqdm import tqdm
 
 from .config import Profile
-from .core import CafError, UnknownName, environment, replacing
+from .core import CafError, UnknownName, environment, replacing, tqdm
 from .fusion import find_weights
 from .losses import TERMS
 from .needs import Need, find_needs, method_need, require

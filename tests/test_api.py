@@ -51,3 +51,12 @@ def test_every_listed_name_exists(module):
     "`__all__` lists nothing that is not there."
     found = importlib.import_module(f"caf_nb.{module}")
     assert set(found.__all__) <= set(vars(found))
+
+
+@pytest.mark.parametrize("before, bars", [("None", "tqdm.auto"), ("os.environ['CAF_TEXT_BARS'] = '1'", "tqdm.std"), ("sys.modules['ipywidgets'] = None", "tqdm.asyncio")],
+                         ids=["widgets", "kernels of caf-report", "ipywidgets is missing"])
+def test_bars_of_a_kernel(before, bars):
+    "Widgets, or text where nobody sees widgets; never a warning. PyTorch is left out, for speed."
+    code = f"import os, sys; from unittest.mock import MagicMock; sys.modules |= {{n: MagicMock() for n in ('torch', 'ipykernel.zmqshell')}}; import IPython; {before}; from caf_nb.core import tqdm; print(tqdm.__module__)"
+    done = subprocess.run([sys.executable, "-W", "error:::tqdm", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{bars}\n", "")

@@ -28,24 +28,28 @@ pytest.importorskip("anywidget", reason="the extra widgets is not installed")
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "The address of a server, and its folder: the notebooks, and one with the explorer."
-    folder, free = tmp_path_factory.mktemp("lab"), socket.socket()
+    folder, aside, free = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("aside"), socket.socket()
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
     free.close()
     for name in ("index", "table1", "figure6"): shutil.copy(ROOT / f"nbs/{name}.ipynb", folder)
-    code = nbformat.v4.new_code_cell("import caf_nb.widgets\ncaf_nb.widgets.explore(steps=4)")
-    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), folder / "explorer.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for name, code in (("explorer", "import caf_nb.widgets\ncaf_nb.widgets.explore(steps=4)"), ("bar", "from caf_nb.core import tqdm\nfor _ in tqdm(range(9)): pass")):
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=kernel), folder / f"{name}.ipynb")
+    (aside / "config/labconfig").mkdir(parents=True)
+    quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # the question about news
+    (aside / "config/labconfig/page_config.json").write_text(json.dumps(quiet))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / "config"), "IPYTHONDIR": str(folder / "ipython")}
-    with open(folder / "log", "w") as log:
+               "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(aside / "config"), "IPYTHONDIR": str(aside / "ipython")}
+    with open(aside / "log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         for _ in range(240):
             try: urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
             except OSError: time.sleep(0.5)
             else: break
-        else: pytest.fail((folder / "log").read_text()[-2000:])
+        else: pytest.fail((aside / "log").read_text()[-2000:])
         yield f"http://127.0.0.1:{port}/lab/tree", folder
     finally:
         server.terminate()
@@ -64,7 +68,6 @@ def page():
 
 def shoot(page, name):
     "A picture for the site, where one is wanted."
-    if (news := page.get_by_role("button", name="No", exact=True)).count(): news.first.click()
     if folder := os.environ.get("CAF_SCREENSHOTS"): page.screenshot(path=f"{folder}/{name}.jpg", type="jpeg", quality=80)
 
 
@@ -87,6 +90,16 @@ def test_a_slider_changes_the_picture(lab, page):
     page.wait_for_function("() => document.querySelector('[aria-label=l1_ir]').value === '0'")
     page.get_by_label("View", exact=True).select_option("side by side")
     shoot(page, "explorer")
+
+
+@pytest.mark.long
+def test_a_bar_is_a_widget(lab, page):
+    page.goto(f"{lab[0]}/bar.ipynb?reset")
+    page.locator(".jp-Notebook .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+    page.locator(".jp-OutputArea-output .widget-hprogress").wait_for()
+    page.get_by_text("9/9").wait_for()
+    assert not page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").count()
 
 
 @pytest.mark.long

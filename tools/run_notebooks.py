@@ -41,7 +41,7 @@ def run(path: Path) -> str: # "" if it ran through, else the error
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = str(Path.cwd())
+    os.environ |= {"PYTHONPATH": str(Path.cwd()), "CAF_TEXT_BARS": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     paths = [Path(name) for name in sys.argv[1:]] or [*sorted(Path("nbs/lib").glob("*.ipynb")), *sorted(Path("nbs/zoo").glob("*.ipynb")), Path("nbs/index.ipynb")]
     with ThreadPoolExecutor(2) as pool:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm.contrib.concurrent import thread_map
 
-from ..core import CafError
+from ..core import CafError, tqdm
 from .pictures import LazySequence, Scene, image_size, is_plain, pair_shift, png, read_image, read_pixels
 from caf_nb.data.sets import (
     DISJOINT, Finding, Item, Member, NOTES, Published, Split, box_facts, box_rows, label_text, natural_order, quoted,
@@ -58,7 +58,7 @@ def _join(thumbs: np.ndarray, threshold: float = 0.7, window: int = 5) -> np.nda
 def find_scenes(items: Sequence[Item], progress: bool = True) -> list[list[str]]: # the stems of each scene
     "Group near-duplicate neighbours. Raises `CafError` if an image cannot be read."
     items, scenes = sorted(items, key=lambda item: natural_order(item.stem)), dict[int, list[str]]()
-    thumbs = np.stack(thread_map(_thumbnail, items, desc="comparing neighbours", disable=not progress))
+    thumbs = np.stack(thread_map(_thumbnail, items, desc="comparing neighbours", disable=not progress, tqdm_class=tqdm))
     for item, scene in zip(items, _join(thumbs)): scenes.setdefault(int(scene), []).append(item.stem)
     return list(scenes.values())
 
@@ -321,7 +321,7 @@ def checked(published: Published,  # all of it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow, about odd files; they become findings
         seen = thread_map(lambda item: list(_facts(published, item)), published.listed,
-                          desc=f"checking {published.name}", disable=not progress)
+                          desc=f"checking {published.name}", disable=not progress, tqdm_class=tqdm)
     facts = [fact for facts in seen for fact in facts]
     sizes, counts = (Counter(f.detail for f in facts if f.kind == kind) for kind in ("size", "class"))
     found = published.findings + [f for f in facts if f.kind not in ("size", "class", *_COUNTED)]
@@ -359,7 +359,7 @@ def _yolo_folder(published: Published, split: Split, camera: str, folder: Path, 
         _copy(getattr(item, camera), folder/"images"/part/item.stem)
         text = "".join(f"{int(k)} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for k, cx, cy, w, h in rows.tolist())
         write_file(folder/"labels"/part/f"{item.stem}.txt", text)
-    thread_map(write, published.items, desc=f"copying {camera}", disable=not progress)
+    thread_map(write, published.items, desc=f"copying {camera}", disable=not progress, tqdm_class=tqdm)
     parts = "".join(f"{part}: images/{part}\n" for part in DISJOINT if part in part_of.values())
     write_file(folder/"data.yaml", f"{parts}names: {json.dumps(published.classes)}\n")
     return folder/"data.yaml"
@@ -371,7 +371,7 @@ def _judge(published: Published, leave_out: bool, progress: bool) -> int: # pair
         return next((f for f in _facts(published, item) if f.kind not in ("size", "class", *NOTES)), None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = thread_map(wrong, published.items, desc="checking", disable=not progress)
+        found = thread_map(wrong, published.items, desc="checking", disable=not progress, tqdm_class=tqdm)
     bad = [f for f in found if f is not None]
     if bad and (len(bad) == len(found) or not leave_out):
         cause = (f"has {len(bad)} wrong of {len(found)} pairs, such as {_shown(bad[0].file, published.root)} "

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..core import CafError
+from ..core import CafError, tqdm
 from ..data import PairFolder, Scene, read_pair, write_png
 from ..fusion import find_weights
 from ..rows import Model, ROWS, Setup, Task, check, own_weights, row_style

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
-from tqdm import tqdm
 
 import caf_nb
 from ..config import Profile
-from ..core import CafError, device, environment, replacing
+from ..core import CafError, device, environment, replacing, tqdm
 from .tables import output_folder
 
 # %% ../../nbs/lib/36_page.ipynb #b3c122f2
@@ -98,7 +97,7 @@ async def run_notebook(notebook: Path,
     command = _command("papermill", notebook, executed, "-k", "python3", "-y", json.dumps(given),
                        "--no-progress-bar", "--log-level", "ERROR", "--stderr-file", "/dev/stderr", first=_WATCH)
     threads, bar = max((os.cpu_count() or 1) // jobs, 1), "{desc} {n_fmt}/{total_fmt}{postfix}"
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_BAR_FORMAT": bar}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_BAR_FORMAT": bar, "CAF_TEXT_BARS": "1"}
     process = await asyncio.create_subprocess_exec(*command, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                                    stderr=subprocess.PIPE, start_new_session=True)
     said, stderr = "", process.stderr

@@ -24,9 +24,8 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from tqdm import tqdm
 
-from ..core import CafError, optional
+from ..core import CafError, optional, tqdm
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
 from caf_nb.rows import (

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import DetectorSettings
-from ..core import CafError, device as find_device, replacing
+from ..core import CafError, device as find_device, replacing, tqdm
 from ..data import EXTENSIONS, box_fault, listed_names, read_yaml, read_yolo, write_png
 from ..loop import Log, account, fingerprint, generator_states, read_state, set_generators, write_state, writing_folder
 from ..tasks import AnchorDetector, Detector, contained_ultralytics
