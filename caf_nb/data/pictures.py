@@ -530,12 +530,15 @@ def _overlap(a: np.ndarray, b: np.ndarray, dy: int, dx: int) -> float: # correla
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum() + 1e-12)) if a.size else 0.
 
 # %% ../../nbs/lib/04_pictures.ipynb #8f0fc2e6
+def _fade(shape: tuple[int, ...]) -> np.ndarray: # Hann's window around the middle; skimage's takes seconds to import
+    y, x = (np.linspace(-1, 1, n) for n in shape)
+    return np.cos(np.pi / 2 * np.hypot(y[:, None], x).clip(max=1)) ** 2
+
 def _shift(ir: Tensor, vi: Tensor) -> tuple[float, ...]: # rows, columns; how much better the edges fit; how surely
-    from skimage.filters import window
     from skimage.registration import phase_cross_correlation
     (a, scale), (b, _) = _edges(ir), _edges(vi)
     if not (a.any() and b.any()): return 0., 0., 0., 0. # one of them is empty
-    fade = window("hann", a.shape)
+    fade = _fade(a.shape)
     dy, dx = (int(v) for v in phase_cross_correlation(a * fade, b * fade, normalization=None)[0])
     fit = _overlap(a, b, dy, dx)
     return dy / scale, dx / scale, fit - _overlap(a, b, 0, 0), fit * a.size ** 0.5
