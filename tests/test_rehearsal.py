@@ -26,7 +26,7 @@ from caf_nb.fusion import FusionNet
 from caf_nb.losses import LossSpace
 from caf_nb.metrics import measure
 from caf_nb.synth import SynthScenes
-from caf_nb.tasks import Detector, Segmenter, detector, task
+from caf_nb.tasks import Detector, Segmenter, detector
 from caf_nb.train import caf_recipe, fusion, joint, segmenter, train_fusion, train_joint
 
 SCENES = SynthScenes(2, 32, seed=5, task="segmentation")[:]
@@ -54,7 +54,6 @@ def rehearsal(monkeypatch):
     for name, value in {"item": filled, "tolist": filled, "__bool__": lambda t: True, "__float__": lambda t: 1.0, "__int__": lambda t: 1}.items():
         reading(name, value)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no type for this device
-    monkeypatch.setattr(task, "_check_classes", lambda *_: None)                   # its result has a size that depends on values
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield waits
 
@@ -134,7 +133,7 @@ def rehearse(name, monkeypatch):
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_on_a_card(name, monkeypatch):
     waits = rehearse(name, monkeypatch)
-    assert waits.total() <= MOST.get(name, 3), waits
+    assert waits.total() <= MOST.get(name, 4), waits  # labels known, loss finite, gradient finite, loss
 
 
 def without(monkeypatch, owner, name, transfer, instead=""):

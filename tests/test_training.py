@@ -143,6 +143,20 @@ def test_half_precision_reaches_the_network_and_leaves_weights_and_loss_whole(sc
     assert half.losses != whole.losses and half.losses == pytest.approx(whole.losses, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, None])
+def test_half_precision_of_a_joint_training(scenes, space, kind):
+    "It reaches the fusion network on a device that has one, and changes nothing on another."
+    def losses(half):
+        torch.manual_seed(0)
+        net, settings = FusionNet(), FusionSettings(epochs=1, batch_size=2, lr=1e-3, half=half)
+        found = train_joint(net, Segmenter(MFNET_CLASSES), space, torch.full((15,), 1 / 15), SynthScenes(4, 32, seed=5, task="segmentation")[:], settings, progress=False)
+        assert all(p.dtype == torch.float32 for p in net.parameters())
+        return found.losses
+    with patch.object(loop, "half_type", lambda where: kind):
+        whole, half = losses(False), losses(True)
+    assert half == pytest.approx(whole, rel=0.05) and (half == whole) == (kind is None)
+
+
 def test_the_recipe_of_yolov5_is_what_steps(yolo_folder, tmp_path):
     "Recorded at the optimiser itself, whatever ultralytics was told. The folder has one batch, so a step is an epoch; warm-up ends with the fourth step."
     from torch.optim.optimizer import register_optimizer_step_pre_hook

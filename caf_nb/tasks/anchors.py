@@ -158,7 +158,7 @@ class AnchorDetector(nn.Module):
     ) -> Tensor:                                # scalar
         "Box, objectness and class loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes."
         check_images(images, len(targets))
-        for rows in targets: check_rows(rows, self.classes)
+        check_rows(targets, self.classes)
         return self.judged.loss(yolo_batch(images, targets))[0].sum() / len(images)
 
     def targets(self, batch: Batch) -> list[Tensor]:

@@ -238,7 +238,7 @@ class Detector(nn.Module):
     ) -> Tensor:                                # scalar
         "Box, class and distance loss, a mean over the batch. Raises `CafError` on wrong shapes and unknown classes."
         check_images(images, len(targets))
-        for rows in targets: check_rows(rows, self.classes)
+        check_rows(targets, self.classes)
         parts, _ = self.net.loss(yolo_batch(images, targets))
         return parts.sum() / len(images)
 

@@ -9,6 +9,7 @@ __all__ = ['Task', 'check_images', 'check_masks', 'check_rows']
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..core import CafError
@@ -41,9 +42,9 @@ def _check_classes(labels: Tensor,         # any shape
                    ignore: int = -1,       # a label that stands for nothing
 ) -> None:
     "Raises `CafError` if a label is no index of `classes`."
-    wrong = labels[((labels < 0) | (labels >= len(classes))) & (labels != ignore)]
-    if len(wrong):
-        raise CafError(f"class index {int(wrong[0])} in the labels, but there are {len(classes)} classes",
+    known = ((labels >= 0) & (labels < len(classes))) | (labels == ignore)
+    if not known.all():
+        raise CafError(f"class index {int(labels[~known][0])} in the labels, but there are {len(classes)} classes",
                        remedy="Map the labels by class name")
 
 # %% ../../nbs/lib/12_task.ipynb #62114529
@@ -56,9 +57,8 @@ def check_masks(images: Tensor, targets: Tensor, classes: Sequence[str], ignore:
     _check_classes(targets, classes, ignore)
 
 # %% ../../nbs/lib/12_task.ipynb #49566b0a
-def check_rows(rows: Tensor, classes: Sequence[str]) -> None:
-    "Raises `CafError` unless `rows` are the boxes of one image, (n,5), with known classes."
-    if rows.ndim != 2 or rows.shape[1] != 5:
-        raise CafError(f"boxes have shape {tuple(rows.shape)} instead of (n,5)",
-                       remedy="Give rows of class, cx, cy, w, h")
-    _check_classes(rows[:, 0], classes)
+def check_rows(targets: Sequence[Tensor], classes: Sequence[str]) -> None:
+    "Raises `CafError` unless `targets` are the boxes of an image each, (n,5), with known classes."
+    if wrong := [tuple(rows.shape) for rows in targets if rows.ndim != 2 or rows.shape[1] != 5]:
+        raise CafError(f"boxes have shape {wrong[0]} instead of (n,5)", remedy="Give rows of class, cx, cy, w, h")
+    if targets: _check_classes(torch.cat([rows[:, 0] for rows in targets]), classes)

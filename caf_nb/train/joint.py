@@ -17,7 +17,7 @@ from ..config import FusionSettings
 from ..core import CafError, seeded
 from ..data import Scene, collate, luma
 from ..hypergradient import task_loss
-from ..loop import History, ModuleState, Order, Training, descend, fingerprint, play
+from ..loop import Engine, History, ModuleState, Order, Training, descend_in_parts, fingerprint, play
 from ..losses import LossSpace
 from ..tasks import Task
 
@@ -26,9 +26,8 @@ class _Joint(Training):
     "The joint training of fusion and task network."
 
     def __init__(self, net: nn.Module, task: Task, loss: LossSpace, beta: Tensor, scenes: Sequence[Scene], epochs: int,
-                 weight: float,
-                 order: Order, optimizer: torch.optim.Optimizer, known: dict[str, Any]):
-        super().__init__("joint", next(net.parameters()).device)
+                 weight: float, order: Order, optimizer: torch.optim.Optimizer, known: dict[str, Any], engine: Engine):
+        super().__init__("joint", engine.where, engine)
         self.net, self.task, self.space, self.beta, self.scenes = net, task, loss, beta.to(self.where), scenes
         self.order, self.optimizer, self.known, self.weight = order, optimizer, known, weight
         self.total = epochs * order.steps
@@ -38,16 +37,19 @@ class _Joint(Training):
                              if isinstance(m, nn.Module)}
 
     def parts(self) -> dict[str, Any]:
+        scaler = {"scaler": self.engine.scaler} if self.engine.scaler.is_enabled() else {}
         return {"net": ModuleState(self.net), "task": ModuleState(self.task), "order": self.order,
-                "optimizer": self.optimizer}
+                "optimizer": self.optimizer} | scaler
 
     def step(self) -> None:
         batch = collate(self.order.read(self.scenes)).to(self.where)
-        vi = luma(batch.vi)
-        fused = self.net(batch.ir, vi)
-        task = task_loss(self.task, lambda ir, vi: fused, batch)
-        loss = self.space(fused, batch.ir, vi, self.beta) + self.weight * task
-        self.losses.append(descend(loss, self.optimizer, len(self.losses) + 1, "the joint loss"))
+        def loss(whole: Tensor) -> Tensor:
+            vi = luma(batch.vi)
+            with self.engine.autocast(): fused = self.net(batch.ir, vi).float()
+            task = task_loss(self.task, lambda ir, vi: fused, batch)
+            return self.space(fused, batch.ir, vi, self.beta) + self.weight * task
+        self.losses.append(descend_in_parts(self.engine, self.net, loss, len(batch.ir), self.optimizer,
+                                            len(self.losses) + 1))
 
 # %% ../../nbs/lib/25_joint.ipynb #6a48469d
 def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained in place, left in evaluation mode
@@ -55,7 +57,7 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
                 space: LossSpace,         # L_f
                 beta: Tensor,             # (15,) its weights, in the order of TERMS
                 scenes: Sequence[Scene],  # labelled, of one size; a list, if making a scene is slow
-                settings: FusionSettings, # epochs, batch size, learning rate of Adam for omega_f
+                settings: FusionSettings, # epochs, batch size, learning rate of Adam for omega_f; `half` as in `train_fusion`
                 weight: float = 1.,       # mu, at least 0; 0 is the training without the task
                 lr_task: float = 1e-4,    # Adam for omega_t
                 seed: int = 0,            # of the batch order, and of what the task draws
@@ -64,10 +66,13 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
                 save_every: int = 50,     # steps between two states
 ) -> History:
     """Train fusion and task network on L_f + mu L_t. Deterministic for a seed on one CPU, and resumable to the bit.
-    Raises `CafError` on an empty set, a negative `weight` and a state of another training, `NotFinite` on a loss that is not finite."""
+    Raises `CafError` on an empty set, a negative `weight`, several processes and a state of another training,
+    `NotFinite` on a loss that is not finite."""
     if not len(scenes):
         raise CafError("there is no scene to train on", remedy="Check the folders of the training split")
     if weight < 0: raise CafError(f"the weight of the task loss is {weight}", remedy="Choose 0 or more")
+    engine = Engine(next(net.parameters()).device, half=settings.half)
+    if engine.processes > 1: raise CafError("networks are trained jointly in one process", remedy="Start one process")
     adam = torch.optim.Adam([{"params": net.parameters(), "lr": settings.lr},
                              {"params": task.parameters(), "lr": lr_task}])
     known = {"scenes": len(scenes), "seed": seed, "weight": weight, "lr_task": lr_task,
@@ -76,7 +81,7 @@ def train_joint(net: nn.Module,           # (ir, vi) -> fused (B,1,H,W); trained
     net.train()
     with seeded(seed):
         order = Order(len(scenes), settings.batch_size, torch.Generator().manual_seed(seed), settings.workers)
-        history = play(_Joint(net, task, space, beta, scenes, settings.epochs, weight, order, adam, known), folder,
-                       save_every, progress)
+        history = play(_Joint(net, task, space, beta, scenes, settings.epochs, weight, order, adam, known, engine),
+                       folder, save_every, progress)
     net.eval()
     return history
