@@ -96,6 +96,7 @@ def test_a_slider_changes_the_picture(lab, page):
 def test_a_bar_is_a_widget(lab, page):
     page.goto(f"{lab[0]}/bar.ipynb?reset")
     page.locator(".jp-Notebook .cm-content").first.click()
+    page.get_by_text("| Idle").first.wait_for()
     page.keyboard.press("Shift+Enter")
     page.locator(".jp-OutputArea-output .widget-hprogress").wait_for()
     page.get_by_text("9/9").wait_for()

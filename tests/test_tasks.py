@@ -506,6 +506,22 @@ def test_the_original_is_trained_and_scored_like_the_other(original, tmp_path):
     assert settings.model_copy(update={"anchors": False})._exca_uid_dict_override().keys() == settings._exca_uid_dict_override().keys() - {"anchors"}
 
 
+def test_the_original_is_trained_jointly(original):
+    "With the fusion network, on the sum of both losses; every tensor of both moves."
+    from caf_nb.config import FusionSettings
+    from caf_nb.fusion import FusionNet
+    from caf_nb.losses import LossSpace
+    from caf_nb.train import train_joint
+
+    torch.manual_seed(0)
+    net, task, scenes = FusionNet(), original(M3FD_CLASSES), SynthScenes(4, 64, seed=5)[:]
+    before = [p.detach().clone() for part in (net, task) for p in part.parameters()]
+    settings = FusionSettings(epochs=3, batch_size=4, lr=1e-3)
+    losses = train_joint(net, task, LossSpace("paper", "slim"), torch.full((15,), 1 / 15), scenes, settings, lr_task=1e-3, progress=False).losses
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(a, b) for a, b in zip(before, [p for part in (net, task) for p in part.parameters()], strict=True))
+
+
 def test_weights_of_the_original(original, tmp_path):
     theirs = original((*(f"class {i}" for i in range(79)), "car"), seed=5)
     torch.save({"epoch": -1, "best_fitness": np.array([0.5]), "model": theirs.net.half(), "ema": None, "optimizer": None, "date": "2022-01-01"},
