@@ -108,11 +108,11 @@ def test_a_bar_is_a_widget(lab, page):
 def test_run_by_the_menu(lab, page, name, shown):
     "Every cell runs without an error, the notebook is saved with its outputs by Ctrl-S, and there is something to look at."
     page.goto(f"{lab[0]}/{name}.ipynb?reset")
-    page.locator(".jp-Notebook .cm-content").first.wait_for()
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     page.get_by_text("| Idle").first.wait_for()  # before it, JupyterLab asks which kernel is meant
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    file, limit = lab[1] / f"{name}.ipynb", time.monotonic() + 540
+    file, limit = lab[1] / f"{name}.ipynb", time.monotonic() + 900
     while time.monotonic() < limit:
         page.wait_for_timeout(2000)
         page.keyboard.press("Control+s")
