@@ -122,6 +122,7 @@ def test_run_by_the_menu(lab, page, name, shown):
         assert not failed, failed
         if all(cell["execution_count"] for cell in code): break
     else: pytest.fail(f"{sum(not cell['execution_count'] for cell in code)} cells did not run")
+    if shown == "table": page.keyboard.press("Control+b")  # wide: without the list of files
     seen = page.locator(f".jp-OutputArea-output {shown}").first
     seen.scroll_into_view_if_needed()
     assert seen.bounding_box()["height"] > 50
