@@ -71,10 +71,10 @@ def test_paper_notebooks_are_thin():
 
 
 def test_outputs_are_quiet():
-    "Committed outputs hold no stderr, and a notebook stays small enough to open."
+    "Committed outputs hold no stderr and no widgets, which show nothing without their kernel, and a notebook stays small enough to open."
     for path in (ROOT / "nbs").rglob("*.ipynb"):
         if ".ipynb_checkpoints" in path.parts:
             continue
         outputs = [o for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
-        assert not [o for o in outputs if o.get("name") == "stderr" or o.get("output_type") == "error"], path
+        assert not [o for o in outputs if o.get("name") == "stderr" or o.get("output_type") == "error" or "application/vnd.jupyter.widget-view+json" in o.get("data", ())], path
         assert path.stat().st_size < 1_200_000, path

@@ -382,6 +382,19 @@ def test_a_segmenter_starts_from_an_imagenet_encoder(tmp_path, pickled, half):
         Segmenter(MFNET_CLASSES, "b1", weights=tmp_path / "mit-b0")
 
 
+def test_a_segmenter_starts_from_one_for_other_classes(tmp_path):
+    "All but its last layer comes along."
+    theirs = Segmenter(("road", "car", "sky"), seed=3)
+    theirs.save(tmp_path / "three")
+    start = Segmenter(MFNET_CLASSES, weights=tmp_path / "three")
+    assert start.provenance == "three (3 classes; classifier random, seed 0)"
+    ours, theirs = start.net.state_dict(), theirs.net.state_dict()
+    head = {f"decode_head.classifier.{kind}" for kind in ("weight", "bias")}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() - head) and all(len(ours[name]) == len(MFNET_CLASSES) for name in head)
+    assert same(Segmenter(MFNET_CLASSES, weights=tmp_path / "three"), start)
+    assert start.loss(noise(1, 3, SIZE, SIZE), torch.full((1, SIZE, SIZE), len(MFNET_CLASSES) - 1)).isfinite()
+
+
 @pytest.mark.shared
 def test_a_file_of_the_original_brings_backbone_and_neck(shared):
     "Published as COCO weights, but its two classes are kinds of waste: the provenance must not say COCO."

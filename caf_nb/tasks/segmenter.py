@@ -86,19 +86,23 @@ def _segmentation_network(model: str, classes: tuple[str, ...], weights: str | P
                                          **SEGMENTERS[model])
         if folder is None: return library.SegformerForSemanticSegmentation(config), f"random (seed {seed})"
         tensors = finite(_folder_tensors(folder), folder)
+        head = {name: len(t) for name, t in tensors.items() if name.startswith("decode_head.classifier.")}
+        foreign = {*head.values()} - {len(classes)} # it was trained for so many classes
+        if foreign: tensors = {name: t for name, t in tensors.items() if name not in head}
         try:
             net, info = library.SegformerForSemanticSegmentation.from_pretrained(
                 None, config=config, state_dict=tensors, local_files_only=True, dtype=torch.float32,
                 output_loading_info=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            cause = f"cannot be loaded into SegFormer {model} ({str(error).strip().splitlines()[0]})"
-            raise CafError(cause, folder, "Ask for the size that the folder holds") from None
+        except (OSError, RuntimeError, ValueError):
+            raise CafError(f"cannot be loaded into SegFormer {model}", folder,
+                           "Ask for the size that the folder holds") from None
     missing = [name for name in info["missing_keys"] if not name.startswith("decode_head.")]
     if missing:
         raise CafError(f"holds no encoder of SegFormer ({len(missing)} weights are missing, such as {min(missing)})",
                        folder, "Give a folder of SegFormer")
+    drawn = f"{min(foreign)} classes; classifier" if foreign else "encoder only; decoder"
     notes = ["ImageNet, by its name"] * (
-        folder.name == f"mit-{model}") + [f"encoder only; decoder random, seed {seed}"] * bool(info["missing_keys"])
+        folder.name == f"mit-{model}") + [f"{drawn} random, seed {seed}"] * bool(info["missing_keys"])
     return net.train(), folder.name + (f" ({'; '.join(notes)})" if notes else "")
 
 # %% ../../nbs/lib/15_segmenter.ipynb #d9e8cdde
