@@ -8,6 +8,7 @@ __all__ = ['fuse_app', 'eval_app', 'search_app', 'report_app', 'data_app', 'caf_
 # %% ../nbs/lib/43_cli.ipynb #c5089738
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,7 @@ def _errors_as_text(program: str, # its name, before every sentence
     """Inside the block a `CafError` becomes one sentence on stderr and exit code 1, a name that does not exist exit
     code 2, and a warning one sentence."""
     from caf_nb.core import CafError, UnknownName
+    logging.getLogger("exca.task").disabled = True # prints the traceback of what it raises, too
     for stream in (sys.stdout, sys.stderr): # a name may hold what the terminal has no letters for
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
     with _warnings_as_text(program):

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import caf_nb
+from caf_nb import cli
 from caf_nb.cli import fuse_app
+from caf_nb.core import CafError
 from caf_nb.data import luma, read_image, write_png
 from caf_nb.fusion import FusionNet, save_fusion
 from caf_nb.synth import SynthScenes
@@ -374,3 +378,15 @@ def test_interrupt(folder):
     assert run.returncode not in (0, -signal.SIGINT) and "Traceback" not in stderr
     assert 0 < len(list(out.iterdir())) < 2000
     for path in out.iterdir(): assert read_image(path).shape == (3, 32, 48)
+
+
+def test_a_failed_stage_is_one_sentence(capsys):
+    "exca would print the traceback of the error as well, and does outside of a command."
+    from exca import logconf
+    from exca.task import LocalJob, logger
+
+    def fail(): raise CafError("the disk is full", "stage")
+    with patch.object(logconf._handler, "stream", sys.stderr), patch.object(logger, "disabled", False):
+        assert LocalJob(fail).exception() and "Traceback" in capsys.readouterr().err
+        with pytest.raises(typer.Exit), cli._errors_as_text("caf-search"): LocalJob(fail).result()
+        assert capsys.readouterr().err == "caf-search: stage: the disk is full.\n"

@@ -94,8 +94,7 @@ def _segmentation_network(model: str, classes: tuple[str, ...], weights: str | P
                 None, config=config, state_dict=tensors, local_files_only=True, dtype=torch.float32,
                 output_loading_info=True)
         except (OSError, RuntimeError, ValueError):
-            raise CafError(f"cannot be loaded into SegFormer {model}", folder,
-                           "Ask for the size that the folder holds") from None
+            raise CafError(f"cannot be loaded into SegFormer {model}", folder, "Ask for its own size") from None
     missing = [name for name in info["missing_keys"] if not name.startswith("decode_head.")]
     if missing:
         raise CafError(f"holds no encoder of SegFormer ({len(missing)} weights are missing, such as {min(missing)})",
