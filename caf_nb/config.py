@@ -36,6 +36,7 @@ class DataSettings(_Settings):
     blocks: int = Field(0, ge=0)              # of M3FD, TNO, RoadScene to train the fusion network; 0: use `train`
     block_size: int = Field(128, ge=1)        # side of a block; the paper gives none
     split: Literal["scenes", "random"] = "scenes" # of a set without parts; random: image by image, as printed
+    conflict: bool = False                    # synthetic scenes in which the cameras contradict each other
 
 # %% ../nbs/lib/01_config.ipynb #fab20015
 class SearchSettings(_Settings):
@@ -58,6 +59,8 @@ class SearchSettings(_Settings):
     scale_free: bool = False                 # Adam sees the direction of the hypergradient, not its norm
     max_norm: float | None = Field(None, gt=0) # clips the gradient norm of the updates of omega_t and omega_f
     tolerance: float = Field(0, ge=0)        # converged if no weight moves further in an epoch; 0: run all epochs
+    balance: bool = False                    # beta weighs terms whose gradients by the fused image have one norm
+    average_last: float = Field(0, ge=0, le=1) # share of the last steps whose mean beta is the result; 0: the last beta
     _before = {"order": "beta_first", "decay_of": "all"}
 
     @model_validator(mode="after")
@@ -79,13 +82,15 @@ class FusionSettings(_Settings):
     patience: int = Field(0, ge=0)       # epochs without a lower mean loss before it stops; 0: never
     half: bool = False                   # with beta fixed: the network in half precision, on a device that has one
     workers: int = Field(0, ge=0)        # processes that read scenes ahead
+    schedule: Literal["constant", "cosine"] = "constant" # of the learning rate, epoch by epoch down to 0
+    ema: float = Field(0, ge=0, lt=1)    # decay of the running mean of omega_f that is the result; 0: the last omega_f
     _aside = {"workers"}
 
 # %% ../nbs/lib/01_config.ipynb #1de69fa1
 class DetectorSettings(_Settings):
     "Fine-tuning the detector on fused images."
     model: str                     # name of an ultralytics configuration
-    epochs: int
+    epochs: int = Field(ge=0)      # 0: the detector is frozen, and only judges
     batch_size: int
     nominal_batch: int             # images per optimiser step; YOLOv5's recipe: 64
     pretrained: bool               # start from COCO weights
@@ -98,7 +103,7 @@ class DetectorSettings(_Settings):
 class SegmenterSettings(_Settings):
     "Fine-tuning the segmenter on fused images."
     model: str                       # "tiny", "b0" or "b1"
-    steps: int                       # paper: 4,000; SegFormer: 160,000
+    steps: int = Field(ge=0)         # paper: 4,000; SegFormer: 160,000; 0: the segmenter is frozen, and only judges
     batch_size: int
     lr: float = Field(6e-5, gt=0)    # AdamW
     recipe: Literal["segformer", "plain"] = "plain" # of images: scale, crop, flip, colours of each; or a flip per batch

@@ -23,7 +23,7 @@ from .core import CafError, replacing, seeded
 from .data import Batch, Scene, collate, luma
 from .hypergradient import Fuse, _buffers_kept, _run, hypergradient, task_loss
 from .loop import ModuleState, NotFinite, Order, Training, backward, check_finite, descend, move, play
-from .losses import LossSpace, TERM_TABLE, TERMS, Targets, Term
+from .losses import LossSpace, TERM_TABLE, TERMS, Targets, Term, balanced
 from .tasks import Task
 
 # %% ../nbs/lib/21_search.ipynb #cb7ba9a6
@@ -229,6 +229,24 @@ class _Search(Training):
         top = self.players.alpha.detach().softmax(0).topk(3)
         return ", ".join(f"{TERMS[i]} {w:.2f}" for w, i in zip(top.values.tolist(), top.indices.tolist()))
 
+# %% ../nbs/lib/21_search.ipynb #b3cb7ec6
+def _units(net: nn.Module, space: LossSpace, scenes: Sequence[Scene], settings: SearchSettings) -> LossSpace:
+    "The loss whose weights are searched."
+    if not settings.balance: return space
+    batch = collate([scenes[i] for i in range(min(settings.batch_size, len(scenes)))]).to(next(net.parameters()).device)
+    vi = luma(batch.vi)
+    with _buffers_kept(net), torch.no_grad(): fused = net.train()(batch.ir, vi)
+    return balanced(space, fused, batch.ir, vi)
+
+def _final(p: _Players, printed: LossSpace) -> Tensor: # (15,) logits
+    "The result of a search, in the units of `printed`."
+    rows = round(p.settings.average_last * len(p.rows))
+    if not rows and p.space is printed: return p.alpha.detach().cpu()
+    recent = torch.tensor([[row[name] for name in TERMS] for row in p.rows[-rows:]]).mean(0) if rows else None
+    beta = p.alpha.detach().softmax(0).cpu() if recent is None else recent
+    even = beta * (p.space.scale / printed.scale).cpu()
+    return logits(even / even.sum())
+
 # %% ../nbs/lib/21_search.ipynb #5845c871
 def search(net: nn.Module,             # fusion network, changed in place, left in evaluation mode
            task: Task,                 # what the images are for; changed in place
@@ -252,7 +270,8 @@ def search(net: nn.Module,             # fusion network, changed in place, left 
              "scenes": f"{len(train)} and {len(val)}", "variant": space.variant, "network": type(net).__name__,
              "task": type(task).__name__, "start": start.tolist()}
     with seeded(seed):
-        found = _Search(_Players(net, task, space, train, val, settings, seed, start), about)
+        found = _Search(_Players(net, task, _units(net, space, train, settings), train, val, settings, seed, start),
+                        about)
         play(found, folder, save_every, progress)
     net.eval()
-    return SearchResult(found.players.alpha.detach().cpu(), pd.DataFrame(found.players.rows), found.converged)
+    return SearchResult(_final(found.players, space), pd.DataFrame(found.players.rows), found.converged)

@@ -543,8 +543,32 @@ def _yolo_box(where: np.ndarray) -> tuple[float, float, float, float]:
     (top, bottom), (left, right) = ((np.nonzero(where.any(axis))[0][[0, -1]] + (0, 1)) for axis in (1, 0))
     return (left + right) / 2 / w, (top + bottom) / 2 / h, (right - left) / w, (bottom - top) / h
 
+# %% ../nbs/lib/08_synth.ipynb #901706f9
+_MISSED = {"person": "vi", "bike": "vi", "car": "ir", "bus": "ir", "truck": "ir", "motorcycle": "ir"} # by which camera
+
+def _paint(canvas: _Canvas, thing: _Thing, number: int, missed: str | None = None):
+    "Paint a thing; the camera that misses it sees almost, the infrared one exactly, what was there before."
+    layers = {"ir": [canvas.heat], "vi": [canvas.colour, canvas.glow]}.get(missed or "", [])
+    before, lights = [layer.copy() for layer in layers], len(canvas.lights)
+    canvas.paint(thing.parts, thing.s, thing.x, number)
+    for layer, old in zip(layers, before): layer.paste(Image.blend(old, layer, 0.12) if missed == "vi" else old)
+    if missed == "vi": del canvas.lights[lights:]
+
+# %% ../nbs/lib/08_synth.ipynb #ec6f051c
+def _vent(rng: Generator) -> list[_Part]:
+    "A warm patch on the ground or on a wall, of the size of a person or of a car's engine."
+    half, height = rng.uniform(0.2, 0.6), rng.uniform(0.5, 1.7)
+    return [_rect("skin", -half, half, 0, height), _disc("engine", 0, height, half)]
+
+def _decoys(view: _View, canvas: _Canvas, rng: Generator, things: Sequence[_Thing]) -> dict[int, str]:
+    "Paint what has no label, and say which camera misses which of the `things`, by number."
+    for missed, draw in (*[("ir", _person)] * 3, *[("vi", _vent)] * 3):
+        _paint(canvas, _try(rng, view, "person")._replace(parts=draw(rng)), 0, missed)
+    missed = {n: _MISSED[t.kind] for n, t in enumerate(things, 2) if t.kind in _MISSED and rng.random() < 0.5}
+    return {n: camera for n, camera in missed.items() if camera == "vi" or not canvas.night}
+
 # %% ../nbs/lib/08_synth.ipynb #72413883
-def _render(i: int, h: int, w: int, seed: int) -> _Render:
+def _render(i: int, h: int, w: int, seed: int, conflict: bool = False) -> _Render:
     "Draw scene `i`: scenery, things from far to near, then the two camera images."
     rng, night = np.random.default_rng([seed, 0, i]), i % 2 == 1
     view = _draw_view(rng, h, w)
@@ -553,8 +577,9 @@ def _render(i: int, h: int, w: int, seed: int) -> _Render:
     full = [np.sum(canvas.samples() == 1)]
     empty = np.asarray(canvas.heat).copy()
     things = _place(rng, view, _cast(rng, i, seed))
+    hidden = _decoys(view, canvas, np.random.default_rng([seed, 2, i]), things) if conflict else {}
     for number, thing in enumerate(things, 2):
-        canvas.paint(thing.parts, thing.s, thing.x, number)
+        _paint(canvas, thing, number, hidden.get(number))
         full.append(np.sum(canvas.samples() == number))
     colour, glow = (np.asarray(im.reduce(_FINE), np.float32) / 255 for im in (canvas.colour, canvas.glow))
     return _Render(night, _infrared(rng, _kelvin(canvas, empty), _fixed_pattern(seed, h, w)),
@@ -594,12 +619,14 @@ class SynthScenes(LazySequence[Scene]):
                  size: int | tuple[int, int], # side, or (H, W), at least 32 pixels each
                  seed: int = 0,               # at least 0
                  task: str = "detection",     # "detection", "multispectral" or "segmentation"
+                 conflict: bool = False,      # with decoys, and with things that one camera misses: fusion is needed
     ):
         if task not in TASK_CLASSES:
             raise CafError(f"there is no task {task!r}", remedy=f"Choose one of {', '.join(TASK_CLASSES)}")
         sides = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
         if len(sides) != 2: raise CafError(f"size is {size!r}", remedy="Give one side, or (height, width)")
         self.n, self.seed, self.task = _whole("n", n, 0), _whole("seed", seed, 0), task
+        self.conflict = conflict
         self.size = (_whole("size", sides[0], 32), _whole("size", sides[1], 32))
         self.classes, self._column = TASK_CLASSES[task], int(task == "multispectral")
         self.box_classes = (M3FD_CLASSES, MULTISPECTRAL_CLASSES)[self._column]
@@ -615,4 +642,4 @@ class SynthScenes(LazySequence[Scene]):
 
     def render(self, i: int) -> _Render:
         "Scene `i` with the number of the thing at each pixel; the images are those of `self[i]`."
-        return _render(range(self.n)[i], *self.size, self.seed)
+        return _render(range(self.n)[i], *self.size, self.seed, self.conflict)

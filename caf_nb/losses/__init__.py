@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'RELEASED', 'TERM_TABLE', 'TERMS', 'Variant', 'saliency_weights', 'edges', 'Targets', 'Term', 'LossSpace',
-           'forces', 'show_forces', 'moved_share']
+           'forces', 'show_forces', 'balanced', 'moved_share']
 
 # %% ../../nbs/lib/11_losses.ipynb #cd5dd3a9
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -301,6 +302,20 @@ def show_forces(space: LossSpace, fused: Tensor, ir: Tensor, vi: Tensor) -> list
     axes = list(plt.subplots(3, 5, figsize=(7.2, 5.2), layout="constrained")[1].flat)
     for ax, term, push in zip(axes, TERM_TABLE, forces(space, fused, ir, vi), strict=True): _draw_force(term, push, ax)
     return axes
+
+# %% ../../nbs/lib/11_losses.ipynb #d4e1c6aa
+def balanced(space: LossSpace,
+             fused: Tensor, ir: Tensor, vi: Tensor, # (B,1,H,W) in [0,1]; the norms are means over the batch
+) -> LossSpace:                                     # shares the VGG of `space`
+    "A loss whose terms, times their scale, have gradients of one norm. Raises `CafError` if a term has none."
+    pushes = torch.stack([forces(space, *(x[i:i + 1] for x in (fused, ir, vi))) for i in range(len(fused))])
+    norms = pushes.flatten(2).norm(dim=2).mean(0)
+    if not norms.all():
+        name = TERMS[int(norms.argmin())]
+        raise CafError(f"the gradient of {name} is 0", remedy="Take variant paper, and a fused image that differs from both sources")
+    even, found = 1 / norms, copy(space)
+    found._buffers = space._buffers | {"scale": even * space.scale.mean() / even.mean()}
+    return found
 
 # %% ../../nbs/lib/11_losses.ipynb #5f845025
 def moved_share(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) -> float:

@@ -243,7 +243,7 @@ def _scenes(data: "Data", which: SplitName, size: int | None) -> SynthScenes | P
                                 number, size)
     key = SPLITS.index(which) + len(SPLITS) * list(CLASSES).index(data.name)
     seed = len(SPLITS) * len(CLASSES) * data.seed + key
-    return SynthScenes(number, data.settings.size, seed=seed, task=DATA_SETS[data.name].task)
+    return SynthScenes(number, data.settings.size, seed, DATA_SETS[data.name].task, data.settings.conflict)
 
 # %% ../../nbs/lib/28_sources.ipynb #2bde117d
 def _find_files(given: dict[str, Any]) -> dict[str, Any]:
@@ -397,11 +397,11 @@ def in_memory(scenes: Sequence[Scene],  # of a split
 ) -> Sequence[Scene]:
     "Scenes for many epochs: synthetic ones as a list, drawn once per process, published ones as `InMemory`."
     if not isinstance(scenes, SynthScenes): return InMemory(scenes, room)
-    return _drawn(len(scenes), scenes.size, scenes.seed, scenes.task)
+    return _drawn(len(scenes), scenes.size, scenes.seed, scenes.task, scenes.conflict)
 
 @lru_cache(maxsize=6)
-def _drawn(n: int, size: tuple[int, int], seed: int, task: str) -> list[Scene]:
-    return list(SynthScenes(n, size, seed, task))
+def _drawn(n: int, size: tuple[int, int], seed: int, task: str, conflict: bool) -> list[Scene]:
+    return list(SynthScenes(n, size, seed, task, conflict))
 
 # %% ../../nbs/lib/28_sources.ipynb #b568d423
 class Pretrained(NamedTuple):

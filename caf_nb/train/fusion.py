@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import FusionSettings
 from ..core import CafError
@@ -42,8 +43,9 @@ def caf_recipe(space: Callable[..., Tensor], # LossSpace
                settings: FusionSettings,     # epochs, batch size, learning rate of Adam, crop
 ) -> Recipe:
     "The paper's training, for any network."
-    adam = partial(torch.optim.Adam, lr=settings.lr)
-    return Recipe(partial(_FixedLoss, space, beta), adam, settings.epochs, settings.batch_size, settings.crop)
+    adam, cosine = partial(torch.optim.Adam, lr=settings.lr), partial(CosineAnnealingLR, T_max=settings.epochs)
+    return Recipe(partial(_FixedLoss, space, beta), adam, settings.epochs, settings.batch_size, settings.crop,
+                  cosine if settings.schedule == "cosine" else None, settings.ema)
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #a298148a
 def _cropped(ir: Tensor,       # (B,1,H,W)
@@ -101,8 +103,10 @@ class _Stage:
         self.losses: list[float] = []
         self.module = _Loss(net, self.objective, engine)
         self.loss = engine.prepare(self.module)
+        self.mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
         parts = {"net": ModuleState(net), "objective": ModuleState(self.objective, changed_only=resumable),
-                 "order": self.order, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": engine.scaler}
+                 "order": self.order, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": engine.scaler,
+                 "mean": self.mean and ModuleState(self.mean)}
         self.parts = {name: part for name, part in parts.items() if part is not None}
         if engine.processes > 1 and type(self.objective).before_step is not Objective.before_step:
             raise CafError(f"{type(self.objective).__name__} trains a player of its own",
@@ -135,6 +139,7 @@ def _step(stage: _Stage, scenes: Sequence[Scene]) -> float: # the loss
     def loss(chosen: Tensor) -> Tensor:
         return stage.loss(ir, vi) if len(chosen) == len(ir) else stage.loss(ir[chosen], vi[chosen])
     stage.losses.append(descend_in_parts(engine, stage.loss, loss, len(ir), stage.optimizer, len(stage.losses) + 1))
+    if stage.mean: stage.mean.update_parameters(stage.module.net)
     if stage.schedule and len(stage.losses) % steps == 0:
         if isinstance(stage.schedule, ReduceLROnPlateau): stage.schedule.step(epoch_means(stage.losses, steps)[-1])
         else: stage.schedule.step()
@@ -145,7 +150,8 @@ def _account(stages: Sequence[Recipe]) -> dict[str, str]:
     "Every number of a recipe, by stage."
     def line(s: Recipe) -> str:
         functions = ", ".join(map(describe, (s.optimizer, s.schedule, s.objective)))
-        return f"{s.epochs} epochs of batches of {s.batch_size}, crop {s.crop}, {functions}"
+        mean = f", mean of the weights with decay {s.ema}" if s.ema else ""
+        return f"{s.epochs} epochs of batches of {s.batch_size}, crop {s.crop}, {functions}{mean}"
     return {f"stage {i}": line(s) for i, s in enumerate(stages, 1)}
 
 # %% ../../nbs/lib/22_fusion_training.ipynb #437c916e
@@ -169,7 +175,9 @@ class _Training(Training):
         self.next_stage()
 
     def next_stage(self) -> None:
-        if self.finished and self.index + 1 < len(self.stages): self.begin(self.index + 1)
+        if not self.finished: return
+        if self.stage.mean: self.net.load_state_dict(self.stage.mean.module.state_dict())
+        if self.index + 1 < len(self.stages): self.begin(self.index + 1)
 
     @property
     def finished(self) -> bool: return self.stage.finished(self.known["patience"])

@@ -57,6 +57,7 @@ class Recipe(NamedTuple):
     # side of the random square cut from each scene, in pixels; None: the whole scene
     crop: int | None = None
     schedule: Callable[[Optimizer], LRScheduler] | None = None   # steps once an epoch
+    ema: float = 0.               # decay of a running mean of the weights, which is the result; 0: the last weights
 
 # %% ../../nbs/zoo/index.ipynb #c3bae5a7
 class Method(NamedTuple):
