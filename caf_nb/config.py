@@ -142,6 +142,8 @@ class Profile(_Settings):
     ablation: tuple[str, ...]           # rows of Table 3
     trained: tuple[str, ...] = ()       # methods trained here with their own loss if they have no weights
     claims: tuple[str, ...] = ()        # names of those that are compared; (): all
+    pilot: tuple[int, ...] = ()         # seeds of the gates before a study
+    looks: tuple[int, ...] = ()         # numbers of seeds at which a protocol looks; (): the older rule of `verdict`
     confidence: float = Field(0.25, ge=0, le=1) # of the boxes that Figure 2 draws
     home: Literal["out", "results"] = "results" # output folder: results/ is committed, out/ is not
 
@@ -193,6 +195,22 @@ _MINI = Profile(
     methods=("ir", "vi", "umfusion", "reconet", "u2fusion", "caf"), ablation=_ABLATION,
     trained=("umfusion", "reconet", "u2fusion"))
 
+# %% ../nbs/lib/01_config.ipynb #8536c13c
+_FROZEN = Profile(
+    name="frozen", note="frozen judges on synthetic scenes that need fusing",
+    data=DataSettings(source="embedded", size=96, train=128, val=64, test=128, conflict=True),
+    search=SearchSettings(epochs=1, batch_size=4, val_batch_size=8, lr_alpha=0.1, lr_fusion=1e-3),
+    fusion=FusionSettings(epochs=4, batch_size=4, lr=1e-3, crop=48, schedule="cosine", ema=0.95),
+    detector=DetectorSettings(model="yolov5n", epochs=0, batch_size=16, nominal_batch=16, pretrained=False,
+                              recipe="auto"),
+    segmenter=SegmenterSettings(model="tiny", steps=0, batch_size=8, lr=3e-4, pretrained=False),
+    vgg="slim", bundled=True, seeds=tuple(range(100, 110)), pilot=(500, 501, 502, 503),
+    looks=(6, 10, 14),
+    pretraining=PretrainSettings(
+        data=DataSettings(source="embedded", size=96, train=480, test=64, conflict=True), epochs=24, steps=600),
+    methods=("ir", "vi", "mean", "caf"), ablation=("caf_h", "caf_r", "caf_a", "caf"),
+    claims=("C1", "C2", "C4", "C5", "Balanced units"))
+
 # %% ../nbs/lib/01_config.ipynb #29c0c296
 _PAPER = Profile(
     name="paper", note="the paper's settings (section 4.1)",
@@ -218,4 +236,4 @@ _REAL = _PAPER.model_copy(update={
                                  recipe="auto"),
     "methods": ("ir", "vi", "mean", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "caf"), "seeds": (0, 1)})
 
-_PROFILES = {p.name: p for p in (_SMOKE, _MINI, _REAL, _PAPER, _REHEARSAL)}
+_PROFILES = {p.name: p for p in (_SMOKE, _MINI, _FROZEN, _REAL, _PAPER, _REHEARSAL)}

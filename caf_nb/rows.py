@@ -22,11 +22,13 @@ from .core import CafError, UnknownName, environment, replacing, tqdm
 from .fusion import find_weights
 from .losses import TERMS
 from .needs import Need, find_needs, method_need, require
-from .stages.sources import Data, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights
+from caf_nb.stages.sources import (
+    Data, SPLITS, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights,
+)
 from caf_nb.stages import (
     FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
-    Search, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
-    parse_execution, weights_file,
+    Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
+    is_frozen, parse_execution, weights_file,
 )
 
 # %% ../nbs/lib/31_rows.ipynb #b6c22c24
@@ -116,14 +118,13 @@ class _Starts(_Shared):
                      else segmenter_weights(settings.model))
         if (file := published.find(self.weights_root)) or settings.pretrained:
             return Weights(file=str(file or Path(self.weights_root)/published.pattern))
-        if self.profile.bundled and not anchors:
-            return bundled_weights(f"{settings.model}.safetensors" if task == "detection"
-                                   else f"segformer-{settings.model}")
-        if pretraining is None: return None
+        own = f"{settings.model}.safetensors" if task == "detection" else f"segformer-{settings.model}"
+        ours = bundled_weights(own) if self.profile.bundled and not anchors else None
+        if pretraining is None: return ours
         length = {"epochs": pretraining.epochs} if task == "detection" else {"steps": pretraining.steps}
         networks = {name: value.model_copy(update=length) for name, value in self.task_network(task).items()}
         data = Data.of(Setup(profile=self.profile).sets(task)[0], pretraining.data, seed=_PRETRAINING_SEED)
-        return Pretrain(data=data, infra=self.infra, **networks)
+        return Pretrain(data=data, start=ours, infra=self.infra, **networks)
 
     def fusion_start(self, network: str) -> Weights | None:
         "Where a fusion network comes from; None for random initialisation."
@@ -160,14 +161,23 @@ def _swapped(setup: "Setup", task: Task, network: str) -> TrainFusion:
 def _steady(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(steady(setup), task, network)
 
+def _balanced(setup: "Setup", task: Task, network: str) -> TrainFusion:
+    return searched(setup.changed("search", balance=True), task, network)
+
 def _whole(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(setup.changed("fusion", crop=None), task, network)
 
-def _joint(setup: "Setup", task: Task, network: str) -> TrainJoint:
-    profile, data, loss = setup.profile, setup.home(task), setup.search(task, network)
-    return TrainJoint(data=data, loss=loss, settings=profile.fusion, lr_task=profile.search.lr_task, network=network,
+def _jointly(setup: "Setup", task: Task, network: str, **how: Any) -> TrainJoint:
+    return TrainJoint(data=setup.home(task), settings=setup.profile.fusion, network=network,
                       fusion_start=setup.fusion_start(network),
-                      start=setup.start(task), seed=setup.seed, infra=setup.infra, **setup.task_network(task))
+                      start=setup.start(task), seed=setup.seed, infra=setup.infra, **setup.task_network(task), **how)
+
+def _joint(setup: "Setup", task: Task, network: str) -> TrainJoint:
+    return _jointly(setup, task, network, loss=setup.search(task, network), lr_task=setup.profile.search.lr_task)
+
+def _oracle(setup: "Setup", task: Task, network: str) -> TrainJoint:
+    equal = Weighted(beta=_average_weights(), vgg=setup.vgg)
+    return _jointly(setup, task, network, loss=equal, weight=10., lr_task=0.)
 
 # %% ../nbs/lib/31_rows.ipynb #53a4d3f0
 class Style(NamedTuple):
@@ -210,6 +220,8 @@ ROWS: dict[str, Row] = {row.name: row for row in (
     Row("caf_swapped", Style("CAF (other task's loss)", "#a65a2a", "H"), _swapped),
     Row("caf_joint", Style("CAF (joint training)", "#6b3410", "8"), _joint),
     Row("caf_steady", Style("CAF (steadier search)", "#b5651d", "H"), _steady),
+    Row("caf_balanced", Style("CAF (balanced units)", "#7f3b08", "D"), _balanced),
+    Row("caf_oracle", Style("CAF (trained through the judge)", "#3f3f3f", "*"), _oracle),
     Row("caf_whole", Style("CAF (whole scenes)", "#8c5a3c", "8"), _whole),
     Row("caf", Style("CAF", "#d55e00", "o"), searched),
 )}
@@ -266,7 +278,15 @@ class Setup(_Trainings):
     def fused(self, dataset: str, row: str, task: Task | None = None) -> FuseDataset:
         "The fused pictures of a row."
         task = task or self.task(dataset)
-        return FuseDataset(data=self.data(dataset, task), model=self.model(task, row), infra=self.infra)
+        splits = ("test",) if is_frozen(next(iter(self.task_network(task).values()))) else SPLITS
+        return FuseDataset(data=self.data(dataset, task), model=self.model(task, row), splits=splits, infra=self.infra)
+
+    def effects(self, task: Task) -> TermEffects:
+        "The stage that measures what each term does to a task."
+        return TermEffects(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion,
+                           search=self.profile.search, vgg=self.vgg, start=self.start(task),
+                           fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra,
+                           **self.task_network(task))
 
     def score(self, dataset: str, row: str, task: Task | None = None) -> FinetuneDetector | FinetuneSegmenter:
         "The stage that scores a row on a data set, by default for its first task."

@@ -562,10 +562,10 @@ def _vent(rng: Generator) -> list[_Part]:
 
 def _decoys(view: _View, canvas: _Canvas, rng: Generator, things: Sequence[_Thing]) -> dict[int, str]:
     "Paint what has no label, and say which camera misses which of the `things`, by number."
-    for missed, draw in (*[("ir", _person)] * 3, *[("vi", _vent)] * 3):
-        _paint(canvas, _try(rng, view, "person")._replace(parts=draw(rng)), 0, missed)
+    for camera, draw in (*[("ir", _person)] * 3, *[("vi", _vent)] * 3):
+        _paint(canvas, _try(rng, view, "person")._replace(parts=draw(rng)), 0, camera)
     missed = {n: _MISSED[t.kind] for n, t in enumerate(things, 2) if t.kind in _MISSED and rng.random() < 0.5}
-    return {n: camera for n, camera in missed.items() if camera == "vi" or not canvas.night}
+    return {n: by for n, by in missed.items() if by == "vi" or not canvas.night}
 
 # %% ../nbs/lib/08_synth.ipynb #72413883
 def _render(i: int, h: int, w: int, seed: int, conflict: bool = False) -> _Render:

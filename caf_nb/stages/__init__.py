@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'levels', 'PretrainedWeights', 'Weights',
-           'bundled_weights', 'source_in_turn', 'Pretrain', 'Searched', 'vgg_of', 'Search', 'Weighted', 'Published',
-           'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results', 'few_names',
-           'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'Judged', 'JudgeForms', 'MeasureFusion']
+           'bundled_weights', 'source_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search', 'Weighted',
+           'Published', 'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results',
+           'few_names', 'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'Judged', 'JudgeForms', 'TermEffects',
+           'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
@@ -35,16 +36,16 @@ from torch import Tensor, nn
 from ..checkpoints import checksums, identify
 from ..config import DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings
 from ..core import CafError, device, printable, replacing, seeded
-from ..data import Scene, luma, read_image, read_split, recolor_uint8, to_uint8
+from ..data import Scene, collate, luma, read_image, read_split, recolor_uint8, to_uint8
 from ..fusion import bundled, find_weights, fuse, load_fusion
 from ..losses import LossSpace, TERMS, Variant
 from ..metrics import measure
-from ..search import search
-from .sources import BlockData, Data, SPLITS, in_memory
+from ..search import hypergradient, search, task_loss
+from .sources import BlockData, Data, SPLITS, SplitName, in_memory
 from ..tasks import AnchorDetector, Detector, Segmenter, find_detector
 from caf_nb.train import (
-    DetectorResult, MaskFolder, SegmenterResult, average_precision, caf_recipe, finetune_detector, finetune_segmenter,
-    matched_boxes, train_fusion, train_joint, write_mask_folder, write_yolo_folder,
+    DetectorResult, MaskFolder, SegmenterResult, average_precision, caf_recipe, evaluate_detector, evaluate_segmenter,
+    finetune_detector, finetune_segmenter, matched_boxes, train_fusion, train_joint, write_mask_folder, write_yolo_folder,
 )
 from ..losses.vgg import Vgg, load_vgg
 from ..zoo import Recipe, build_network, find_method
@@ -285,12 +286,13 @@ def source_in_turn(dataset: str, split: str, scene: Scene) -> Tensor:
 
 # %% ../../nbs/lib/29_stages.ipynb #924c5fc1
 class Pretrain(BaseModel):
-    "Pretrain a task network from random initialisation on scenes of its own, in place of COCO or ImageNet."
+    "Pretrain a task network on scenes of its own, in place of COCO or ImageNet."
     model_config = ConfigDict(extra="forbid")
     kind: Literal["pretrained"] = "pretrained"
     data: Data                                    # of a seed that no other stage has
     detector: DetectorSettings | None = None      # one of the two
     segmenter: SegmenterSettings | None = None
+    start: Weights | None = None                  # None: random initialisation
     seed: int = 0
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
@@ -298,7 +300,7 @@ class Pretrain(BaseModel):
     def run(self) -> PretrainedWeights:
         settings, pictures = _only_one(self.detector, self.segmenter), _folder(self.infra, "pictures")
         for split in ("train", "test"): _write_split(pictures, self.data, split, source_in_turn)
-        task, sizes = _task_network(self.data, settings, None, self.seed), self.data.settings
+        task, sizes = _task_network(self.data, settings, self.start, self.seed), self.data.settings
         result = _finetune(task, pictures, settings, sizes.size, _folder(self.infra, "network"), self.seed)
         score = f"mAP@.5 {result.map50:.2f}" if self.detector else f"mIoU {result.miou:.2f}"
         kind = "synthetic" if sizes.source == "embedded" else "published"
@@ -329,8 +331,21 @@ def _task_network(data: Data, settings: _Settings, start: Start, seed: int) -> _
     if pretrained and getattr(settings, "recipe", "") == "plain": task.net.eval() # as mini was made
     return task
 
+def is_frozen(settings: _Settings) -> bool:
+    "Whether a task network only judges."
+    return not (settings.epochs if isinstance(settings, DetectorSettings) else settings.steps)
+
+def _judge(task: _Network, pictures: Path, size: int) -> Any:
+    "The result of a task network as it is, which has no checkpoint of its own."
+    begun, about = time.perf_counter(), f"{task.model} from {task.provenance}, frozen"
+    if isinstance(task, Segmenter):
+        masks = evaluate_segmenter(task.to(device()), MaskFolder(pictures, "test"))
+        return SegmenterResult(*masks, [], Path(), about, time.perf_counter() - begun)
+    return DetectorResult(*evaluate_detector(task, pictures, size), [], Path(), about, time.perf_counter() - begun)
+
 def _finetune(task: _Network, pictures: Path, settings: Any, size: int, out: Path, seed: int) -> Any:
     "The result of the task's own trainer and validator on a folder of pictures."
+    if is_frozen(settings): return _judge(task, pictures, size)
     state = out.with_name(f"{out.name}_state")
     if not isinstance(task, Segmenter):
         return finetune_detector(task, pictures, settings, size, out, seed, folder=state)
@@ -521,7 +536,7 @@ class TrainJoint(_FusionTraining):
     data: Data
     loss: Search | Weighted = Field(discriminator="kind")
     settings: FusionSettings
-    lr_task: float = Field(1e-4, gt=0)               # Adam
+    lr_task: float = Field(1e-4, ge=0)               # Adam; 0: the task network stays as it is
     weight: float = Field(1., ge=0)                  # of the task loss
     detector: DetectorSettings | None = None         # one of the two
     segmenter: SegmenterSettings | None = None
@@ -533,6 +548,7 @@ class TrainJoint(_FusionTraining):
         found, space, where = self.loss.run(), LossSpace(self.loss.variant, vgg_of(self.loss)), device()
         net, settings = _initial_network(self).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
+        if not self.lr_task: task.eval()  # a judge
         history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,
                               self.weight, self.lr_task, self.seed,
                               folder=_optional_folder(self.infra, "training"))
@@ -638,10 +654,11 @@ def _check_results(results: Results, data: Data) -> None:
 
 # %% ../../nbs/lib/29_stages.ipynb #ff773c96
 class FuseDataset(BaseModel):
-    "Fuse the three splits of a data set, with its labels, in the layout that the task's trainer reads."
+    "Fuse the splits of a data set, with its labels, in the layout that the task's trainer reads."
     model_config = ConfigDict(extra="forbid")
     data: Data
     model: TrainFusion | TrainJoint | Method | Results = Field(discriminator="kind")
+    splits: tuple[SplitName, ...] = SPLITS      # a frozen judge reads none but test
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
     @infra.apply
@@ -649,7 +666,7 @@ class FuseDataset(BaseModel):
         "The folder of pictures and labels."
         if isinstance(self.model, Results): _check_results(self.model, self.data)
         folder, picture = _folder(self.infra, "fused"), self.model.pictures()
-        for split in SPLITS: _write_split(folder, self.data, split, picture)
+        for split in self.splits: _write_split(folder, self.data, split, picture)
         return folder
 
 # %% ../../nbs/lib/29_stages.ipynb #c4d690ed
@@ -672,6 +689,7 @@ class _Finetuning(BaseModel):
     def trained(self) -> Any:
         "The fine-tuned network, a `Detector`, `AnchorDetector` or `Segmenter`."
         settings: _Settings = self.settings # type: ignore[attr-defined]
+        if is_frozen(settings): return _task_network(self.fused.data, settings, self.start, self.seed)
         return _network(settings)(self.fused.data.classes, settings.model, self.run().checkpoint)
 
     def provenance(self) -> dict[str, str]:
@@ -771,6 +789,82 @@ class JudgeForms(BaseModel):
     def provenance(self) -> dict[str, str]:
         result = self.run()
         return _provenance(self, {"judge": result.provenance, "judge seconds": f"{result.seconds:.0f}"})
+
+# %% ../../nbs/lib/29_stages.ipynb #41aac086
+_KINDS: dict[str, dict[str, Any]] = { # of the hypergradient, as `TermEffects` tries them
+    "one step": {"kind": "exact"}, "finite difference": {}, "Neumann, 8 terms": {"kind": "neumann", "neumann_terms": 8}}
+
+@torch.no_grad()
+def _mean_loss(task: Any, net: nn.Module, scenes: Sequence[Scene], where: torch.device, size: int = 16) -> float:
+    "The loss of a task network on fused scenes, a mean over them."
+    parts = [scenes[i:i + size] for i in range(0, len(scenes), size)]
+    found = [task_loss(task, net, collate(part).to(where)).item() * len(part) for part in parts]
+    return sum(found) / len(scenes)
+
+# %% ../../nbs/lib/29_stages.ipynb #0c9c9410
+class TermEffects(BaseModel):
+    "What pushing one term does to a frozen task network after a training, and what hypergradients say of it."
+    model_config = ConfigDict(extra="forbid")
+    data: Data                                       # labelled, of the task network
+    training: Data                                   # of the fusion network; any task's
+    settings: FusionSettings
+    search: SearchSettings                           # its batch sizes, and eta of the unrolled step
+    detector: DetectorSettings | None = None         # one of the two
+    segmenter: SegmenterSettings | None = None
+    network: str = "caf"
+    vgg: str | Weights = "random"
+    start: Start = Field(None, discriminator="kind") # of the task network
+    fusion_start: Weights | None = None
+    push: float = 1.2                                # of a logit
+    batches: int = 16                                # of the hypergradients
+    seed: int = 0
+    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    def trained(self, term: str = "") -> TrainFusion:
+        "The training with equal weights, or with one pushed."
+        alpha = torch.tensor([self.push * (name == term) for name in TERMS])
+        return TrainFusion(data=self.training, loss=Weighted(beta=tuple(alpha.softmax(0).tolist()), vgg=self.vgg),
+                           settings=self.settings, network=self.network, fusion_start=self.fusion_start,
+                           seed=self.seed, infra={"folder": self.infra.folder})
+
+    @infra.apply
+    def run(self) -> pd.DataFrame: # index kind, batch ("effect", 0: of the trainings); a column per term
+        settings, where = _only_one(self.detector, self.segmenter), device()
+        task: Any = _task_network(self.data, settings, self.start, self.seed).to(where)
+        test = in_memory(self.data.split("test"))
+        loss = {term: _mean_loss(task, self.trained(term).fusion(), test, where) for term in ("", *TERMS)}
+        rows = {("effect", 0): [loss[term] - loss[""] for term in TERMS]}
+        for key, found in _hypergradients(self, task, where): rows[key] = found.tolist()
+        index = pd.MultiIndex.from_tuples(rows, names=["kind", "batch"])
+        return pd.DataFrame(list(rows.values()), index, list(TERMS))
+
+    def scores(self) -> dict[str, float]:
+        "By \"KIND, TERM\": the mean over the batches; by \"KIND, cosine\": the mean cosine between two batches."
+        found, values = self.run(), dict[str, float]()
+        for kind, part in found.groupby(level="kind", sort=False):
+            values |= {f"{kind}, {term}": value for term, value in part.mean().items()}
+            if len(part) > 1:
+                even = torch.nn.functional.normalize(torch.tensor(part.to_numpy()), dim=1)
+                values[f"{kind}, cosine"] = ((even @ even.T).sum() - len(even)).item() / (len(even) * (len(even) - 1))
+        return values
+
+    def provenance(self) -> dict[str, str]:
+        about = {"trainings": f"{len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs",
+                 "judge": "frozen"}
+        return _provenance(self, about)
+
+# %% ../../nbs/lib/29_stages.ipynb #71abdff3
+def _hypergradients(stage: TermEffects, task: Any, where: torch.device) -> Iterator[tuple[tuple[str, int], Tensor]]:
+    "(kind, batch) and the hypergradient at equal weights, of the network that was trained with them."
+    net, space = stage.trained().fusion().train(), LossSpace("paper", vgg_of(stage)).to(where)
+    alpha, train, val = torch.zeros(len(TERMS), device=where), stage.training.split("train"), stage.data.split("val")
+    sizes = stage.search.batch_size, stage.search.val_batch_size or stage.search.batch_size
+    for n in range(stage.batches):
+        seen, judged = (collate([scenes[(n * size + i) % len(scenes)] for i in range(size)]).to(where)
+                        for scenes, size in zip((train, val), sizes))
+        for kind, more in _KINDS.items():
+            yield (kind, n), hypergradient(net, space, alpha, (seen.ir, luma(seen.vi)),
+                                           lambda fuse: task_loss(task, fuse, judged), stage.search.lr_fusion, **more)
 
 # %% ../../nbs/lib/29_stages.ipynb #0806e166
 class MeasureFusion(BaseModel):
