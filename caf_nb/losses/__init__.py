@@ -312,7 +312,7 @@ def balanced(space: LossSpace,
     norms = pushes.flatten(2).norm(dim=2).mean(0)
     if not norms.all():
         name = TERMS[int(norms.argmin())]
-        raise CafError(f"the gradient of {name} is 0", remedy="Take variant paper, and a fused image that differs from both sources")
+        raise CafError(f"the gradient of {name} is 0", remedy="Take variant paper, and an image unlike both sources")
     even, found = 1 / norms, copy(space)
     found._buffers = space._buffers | {"scale": even * space.scale.mean() / even.mean()}
     return found

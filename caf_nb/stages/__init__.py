@@ -45,7 +45,8 @@ from .sources import BlockData, Data, SPLITS, SplitName, in_memory
 from ..tasks import AnchorDetector, Detector, Segmenter, find_detector
 from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, average_precision, caf_recipe, evaluate_detector, evaluate_segmenter,
-    finetune_detector, finetune_segmenter, matched_boxes, train_fusion, train_joint, write_mask_folder, write_yolo_folder,
+    finetune_detector, finetune_segmenter, matched_boxes, train_fusion, train_joint, write_mask_folder,
+    write_yolo_folder,
 )
 from ..losses.vgg import Vgg, load_vgg
 from ..zoo import Recipe, build_network, find_method
@@ -849,8 +850,8 @@ class TermEffects(BaseModel):
         return values
 
     def provenance(self) -> dict[str, str]:
-        about = {"trainings": f"{len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs",
-                 "judge": "frozen"}
+        trained = f"{len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
+        about = {"trainings": trained, "judge": "frozen"}
         return _provenance(self, about)
 
 # %% ../../nbs/lib/29_stages.ipynb #71abdff3
