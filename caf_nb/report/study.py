@@ -62,6 +62,9 @@ def _compared(rows: Iterable[tuple[str, str]], *datasets: str, margin: float = 0
 _NETWORKS = ("umfusion", "reconet", "u2fusion")
 _GIVEN = [("caf", row) for row in ("caf_a", "caf_r", "caf_h")]
 CLAIMS = (
+    Claim("C0", "CAF is 1.7 points of mAP@.5 and 2.0 of mIoU above the best other method.",
+          _compared([("caf", x) for x in _NETWORKS], "m3fd", margin=-1.7)
+          + _compared([("caf", x) for x in _NETWORKS], "mfnet", margin=-2.)),
     Claim("C1", "The searched loss beats average, random and hand-crafted weights on detection.",
           _compared(_GIVEN, "m3fd")),
     Claim("C2", "The searched loss beats average, random and hand-crafted weights on segmentation.",
