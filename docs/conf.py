@@ -14,7 +14,7 @@ from latex2mathml.converter import convert
 from pygments.lexers.special import TextLexer
 
 ROOT = Path(__file__).resolve().parents[1]
-EXECUTED = {p.name: p for p in ROOT.glob("results/*/notebooks/*.ipynb")}  # shown instead of the paper notebooks in nbs/, which hold no outputs
+EXECUTED = {p.name: p for p in sorted(ROOT.glob("results/*/notebooks/*.ipynb"), reverse=True)}  # shown instead of the paper notebooks in nbs/, which hold no outputs; claims of profile frozen
 REPORT = tags.has("report")  # noqa: F821, Sphinx defines `tags`
 
 DONE = {}  # of a run: name of a notebook -> fingerprint, error, whether it ran before
@@ -100,7 +100,7 @@ def failed(app, docname, source):
 
 
 def notebook(app, docname, source):
-    "Show a paper notebook as it was run in profile mini or real, without its code; leave out the cells of a library notebook that only nbdev reads."
+    "Show a paper notebook as it was run in profile mini, frozen or real, without its code; leave out the cells of a library notebook that only nbdev reads."
     if not app.env.doc2path(docname).suffix == ".ipynb": return
     file = EXECUTED.get(f"{Path(docname).name}.ipynb")
     if Path(docname).parent.as_posix() == "nbs" and file:

@@ -7,8 +7,8 @@ __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'HEAD_ROOM', 'REMEDIES', 'Co
            'study_stages', 'finished', 'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims',
            'seeds_needed', 'what_is_excluded', 'compare_forms', 'compare_pictures', 'leads', 'effects_table',
            'RealPairs', 'read_real', 'decide_rows', 'measure_effects', 'head_room', 'agreement', 'plot_agreement',
-           'weights', 'task_distance', 'preferences', 'diagnose', 'protocol', 'modalities_text', 'verdicts_text',
-           'plot_effects', 'plot_weights', 'plot_rows']
+           'weights', 'task_distance', 'preferences', 'follow_effects', 'diagnose', 'protocol', 'modalities_text',
+           'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
@@ -538,6 +538,16 @@ def preferences(betas: pd.DataFrame, # of `weights`
     rows = {name: effect(100 * (betas.loc[a][terms].sum(axis=1) - betas.loc[b][terms].sum(axis=1)).dropna())
             for name, (a, b, terms) in shares.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(Effect._fields)).rename_axis("preference")
+
+# %% ../../nbs/lib/32_study.ipynb #d90ed987
+def follow_effects(betas: pd.DataFrame,                      # of `weights`
+                   effects: Mapping[tuple[str, int], Cell],  # of `measure_effects`
+) -> dict[str, float]:                                       # by task
+    "Rank correlation of the mean searched weights with what the terms do for the task."
+    from scipy.stats import spearmanr
+
+    tasks = [task for task in betas.index.unique("task") if any(task == t for t, _ in effects)]
+    return {task: spearmanr(betas.loc[task].mean(), -_effects(effects, task, "effect").mean())[0] for task in tasks}
 
 # %% ../../nbs/lib/32_study.ipynb #09ae9075
 def diagnose(found: Found) -> pd.DataFrame: # index question; one column per search

@@ -793,7 +793,7 @@ class JudgeForms(BaseModel):
 
 # %% ../../nbs/lib/29_stages.ipynb #41aac086
 _KINDS: dict[str, dict[str, Any]] = { # of the hypergradient, as `TermEffects` tries them
-    "one step": {"kind": "exact"}, "finite difference": {}, "Neumann, 8 terms": {"kind": "neumann", "neumann_terms": 8}}
+    "one step": {"kind": "exact"}, "finite difference": {}, "Neumann, 4 terms": {"kind": "neumann", "neumann_terms": 4}}
 
 @torch.no_grad()
 def _mean_loss(task: Any, net: nn.Module, scenes: Sequence[Scene], where: torch.device, size: int = 16) -> float:
@@ -817,7 +817,7 @@ class TermEffects(BaseModel):
     start: Start = Field(None, discriminator="kind") # of the task network
     fusion_start: Weights | None = None
     push: float = 1.2                                # of a logit
-    batches: int = 16                                # of the hypergradients
+    batches: int = 8                                 # of the hypergradients
     seed: int = 0
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
