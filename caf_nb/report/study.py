@@ -410,8 +410,8 @@ def decide_rows(found: Found, claims: Sequence[Claim],
     shifted = {(name, *c): [gap + c.margin for gap in _differences(found, c, _PRIMARY)] for name, c in pairs}
     n = min(map(len, shifted.values()))
     if n < 2: raise CafError(f"{n} seeds decide nothing", remedy=f"Run {looks[0]}, the first look of the protocol")
-    table = _decide(shifted, margin, _look_level(n, looks)).rename_axis(["claim", "dataset", "row", "against", "margin"])
-    table = table.reset_index()
+    index = ["claim", "dataset", "row", "against", "margin"]
+    table = _decide(shifted, margin, _look_level(n, looks)).rename_axis(index).reset_index()
     table = table.assign(metric=table.dataset.map(_PRIMARY), verdict=table.verdict.replace(_WORDS))
     table[["effect", "low", "high"]] = table[["effect", "low", "high"]].sub(table.margin, axis=0)
     return table.assign(dz=table.effect / _deviation(table))
@@ -420,8 +420,9 @@ def _rule(looks: Sequence[int]) -> str:
     "The verdicts of `decide_rows` in words."
     levels = ", ".join(f"{100 * _look_level(n, looks):.1f} % at {n}" for n in looks)
     return ("differences within a seed, Student's t. Supported or contradicted if the mean differs from zero after "
-            "Holm's correction over all comparisons; equivalent if two one-sided tests put it within one point of zero; else "
-            f"undecided. Looks at {', '.join(map(str, looks))} seeds, each with its share of an error of 5 %: {levels}")
+            "Holm's correction over all comparisons; equivalent if two one-sided tests put it within one point of zero; "
+            f"else undecided. Looks at {', '.join(map(str, looks))} seeds, with their shares of an error of 5 %: "
+            f"{levels}")
 
 # %% ../../nbs/lib/32_study.ipynb #176e7e17
 def measure_effects(setup: Setup,                    # of any seed
