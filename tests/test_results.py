@@ -10,7 +10,9 @@ from caf_nb.config import DataSettings, Profile
 from caf_nb.data import read_image, write_png
 from caf_nb.report import compare, show_table
 from caf_nb.stages.sources import Data
-from caf_nb.report.study import CLAIMS, CONTROLS, compare_forms, compare_pictures, finished, read_real
+from caf_nb.report.study import (
+    CLAIMS, CONTROLS, HEAD_ROOM, REMEDIES, agreement, compare_forms, compare_pictures, decide_rows, finished, head_room, measure_effects, read_real,
+)
 from caf_nb.rows import Setup, cell_file, cells, read_cell, scores, table1, table2, table3
 from cells import run_cells
 
@@ -62,6 +64,20 @@ def test_committed_cells_belong_to_the_settings_of_their_profile():
         found |= {(*key, 0): cell for key, stage in table(setup, rows).items() if (cell := read_cell(stage, cell_file(folder, *key, 0)))}
     committed = {path.name for path in folder.glob("*.json") if path.name.count("-") == 2}
     assert {cell_file(folder, *key).name for key in found} == committed
+
+
+def test_decisions_follow_from_their_cells():
+    "Profile frozen: every cell belongs to its settings, and gates and verdicts are what the cells say."
+    frozen, folder = Profile.named("frozen"), ROOT / "results/frozen"
+    setup, asked = Setup(profile=frozen), [claim for claim in CLAIMS if claim.name in frozen.claims]
+    seeds = sorted({int(path.stem.rpartition("-")[2]) for path in folder.glob("cells/m3fd-caf-*.json")})
+    found, effects = finished(setup, seeds, folder / "cells", asked), measure_effects(setup, frozen.pilot, folder / "cells", run=False)
+    tried, room = finished(setup, seeds, folder / "cells", REMEDIES), finished(setup, frozen.pilot, folder / "cells", HEAD_ROOM)
+    names = {cell_file(folder, *key).name for key in found | tried | room} | {f"effects-{task}-{seed}.json" for task, seed in effects}
+    assert names == {path.name for path in folder.glob("cells/*.json")}
+    for name, made in (("claims", decide_rows(found, asked, frozen.looks)), ("gates", agreement(effects).reset_index())):
+        pd.testing.assert_frame_equal(made, pd.read_csv(folder / f"{name}.csv"), check_dtype=False, atol=1e-9)
+    assert head_room(room).seeds.min() >= 3
 
 
 def test_tables_of_real_pairs_follow_from_their_cells():

@@ -7,8 +7,8 @@ __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'HEAD_ROOM', 'REMEDIES', 'Co
            'study_stages', 'finished', 'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims',
            'seeds_needed', 'what_is_excluded', 'compare_forms', 'compare_pictures', 'leads', 'effects_table',
            'RealPairs', 'read_real', 'decide_rows', 'measure_effects', 'head_room', 'agreement', 'plot_agreement',
-           'weights', 'task_distance', 'preferences', 'follow_effects', 'diagnose', 'protocol', 'modalities_text',
-           'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
+           'gates_text', 'weights', 'task_distance', 'preferences', 'follow_effects', 'diagnose', 'protocol',
+           'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
@@ -420,7 +420,7 @@ def _rule(looks: Sequence[int]) -> str:
     "The verdicts of `decide_rows` in words."
     levels = ", ".join(f"{100 * _look_level(n, looks):.1f} % at {n}" for n in looks)
     return ("differences within a seed, Student's t. Supported or contradicted if the mean differs from zero after "
-            "Holm's correction over all comparisons; equivalent if two one-sided tests put it within one point of zero; "
+            "Holm's correction over all comparisons; equivalent if two one-sided tests put it within a point of zero; "
             f"else undecided. Looks at {', '.join(map(str, looks))} seeds, with their shares of an error of 5 %: "
             f"{levels}")
 
@@ -502,6 +502,22 @@ def plot_agreement(cells: Mapping[tuple[str, int], Cell], kind: str = "one step"
         left.set(title=f"{task}: effect on the task loss", xlabel="one half of the seeds", ylabel="the other half")
         right.set(title=f"{task}: {kind}", xlabel="hypergradient", ylabel="effect on the task loss")
     return list(axes.flat)
+
+# %% ../../nbs/lib/32_study.ipynb #a24137cf
+def gates_text(room: pd.DataFrame,  # of `head_room`
+               agreed: pd.DataFrame, # of `agreement`
+) -> str: # Markdown
+    "Which gates are passed, task by task."
+    def told(passed): return "**passed**" if passed else "**not passed**"
+    lines = [f"Gate 1, {dataset}: {told(r.low > 2)}. Through the judge {r['through the judge']:+.1f} points of "
+             f"{r.metric} above the mean [{r.low:+.1f}, {r.high:+.1f}]; the best source of each class "
+             f"{r['best source of each class']:+.1f}." for dataset, r in room.iterrows()]
+    for task, r in agreed.iterrows():
+        halves, slope = r["between halves of the seeds"], r["one step: with the effects"]
+        lines += [f"Gate 2, {task}: {told(halves >= 0.7)}. Halves of the seeds rank the effects alike: {halves:.2f}.",
+                  f"Gate 3, {task}: {told(slope > halves)}. The hypergradient ranks the terms as the effects do: "
+                  f"{slope:.2f}."]
+    return "\n".join(f"- {line}" for line in lines)
 
 # %% ../../nbs/lib/32_study.ipynb #cd590496
 def weights(found: Found) -> pd.DataFrame:
