@@ -209,7 +209,7 @@ _FROZEN = Profile(
     pretraining=PretrainSettings(
         data=DataSettings(source="embedded", size=96, train=480, test=64, conflict=True), epochs=24, steps=600),
     methods=("ir", "vi", "mean", "caf"), ablation=("caf_h", "caf_r", "caf_a", "caf"),
-    claims=("C1", "C2", "C4", "C5", "Balanced units"))
+    claims=("C1", "C2", "C4", "C5", "Balanced units", "Black box"))
 
 # %% ../nbs/lib/01_config.ipynb #29c0c296
 _PAPER = Profile(

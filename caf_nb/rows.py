@@ -26,7 +26,7 @@ from caf_nb.stages.sources import (
     Data, SPLITS, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights,
 )
 from caf_nb.stages import (
-    FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
+    ByEffects, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
     Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
     is_frozen, parse_execution, weights_file,
 )
@@ -164,6 +164,10 @@ def _steady(setup: "Setup", task: Task, network: str) -> TrainFusion:
 def _balanced(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(setup.changed("search", balance=True), task, network)
 
+def _by_effects(setup: "Setup", task: Task, network: str) -> TrainFusion:
+    pilot = tuple(setup.model_copy(update={"seed": seed}).effects(task) for seed in setup.profile.pilot)
+    return setup.train(task, ByEffects(measured=pilot, vgg=setup.vgg), network)
+
 def _whole(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(setup.changed("fusion", crop=None), task, network)
 
@@ -221,6 +225,7 @@ ROWS: dict[str, Row] = {row.name: row for row in (
     Row("caf_joint", Style("CAF (joint training)", "#6b3410", "8"), _joint),
     Row("caf_steady", Style("CAF (steadier search)", "#b5651d", "H"), _steady),
     Row("caf_balanced", Style("CAF (balanced units)", "#7f3b08", "D"), _balanced),
+    Row("caf_effects", Style("CAF (weights follow effects)", "#4d2600", "X"), _by_effects),
     Row("caf_oracle", Style("CAF (trained through the judge)", "#3f3f3f", "*"), _oracle),
     Row("caf_whole", Style("CAF (whole scenes)", "#8c5a3c", "8"), _whole),
     Row("caf", Style("CAF", "#d55e00", "o"), searched),
@@ -252,7 +257,7 @@ class _Trainings(_Starts):
                       fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra,
                       **self.task_network(task))
 
-    def train(self, task: Task, loss: Search | Weighted | Published, network: str = "caf") -> TrainFusion:
+    def train(self, task: Task, loss: Search | Weighted | ByEffects | Published, network: str = "caf") -> TrainFusion:
         "The training of a network with a loss, for rows that are scored on a task."
         settings, data = None if isinstance(loss, Published) else self.profile.fusion, self.home(task)
         if self.profile.fusion_scenes == "loss":
@@ -315,6 +320,7 @@ def left_out(setup: Setup, rows: Sequence[str]) -> dict[str, str]:
     for row in (row for row in rows if row in ROWS and not has_pictures(setup.fused_root, row)):
         entry = ROWS[row]
         if entry.fuse is _swapped and len(setup.tasks) < 2: found[row] = "It needs a set of each task."
+        if entry.fuse is _by_effects and not setup.profile.pilot: found[row] = "It needs a profile with a pilot."
         need = method_need(entry.network, setup.weights_root, setup.trained) if entry.fuse is own_weights else None
         if need and need.state == "absent": found[row] = f"{need.detail}. {need.remedy}."
     return {row: found[row] for row in rows if row in found}

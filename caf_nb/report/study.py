@@ -444,6 +444,8 @@ HEAD_ROOM = (
 REMEDIES = (
     Claim("Balanced units", "Searched for terms of one strength, the loss beats average weights and the plain search.",
           _compared([("caf_balanced", row) for row in ("caf_a", "caf")])),
+    Claim("Black box", "Weights that follow the measured effects of the terms beat average weights and the search.",
+          _compared([("caf_effects", row) for row in ("caf_a", "caf")])),
 )
 
 def head_room(found: Found, # of `HEAD_ROOM`

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'levels', 'PretrainedWeights', 'Weights',
            'bundled_weights', 'source_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search', 'Weighted',
-           'Published', 'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results',
-           'few_names', 'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'Judged', 'JudgeForms', 'TermEffects',
-           'MeasureFusion']
+           'Published', 'TermEffects', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file',
+           'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'Judged',
+           'JudgeForms', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
@@ -136,10 +136,11 @@ def _parts(stage: Any) -> list[Any]:
     "The stages that a stage is built on, each after its own."
     found: dict[str, Any] = {}
     for name in type(stage).model_fields:
-        value = getattr(stage, name)
-        if not isinstance(value, BaseModel) or isinstance(value, TaskInfra): continue
-        inner = [*_parts(value), *([value] if hasattr(value, "infra") else [])]
-        found |= {part.infra.uid(): part for part in inner}
+        given = getattr(stage, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if not isinstance(value, BaseModel) or isinstance(value, TaskInfra): continue
+            inner = [*_parts(value), *([value] if hasattr(value, "infra") else [])]
+            found |= {part.infra.uid(): part for part in inner}
     return list(found.values())
 
 def _in_queue(job: Any) -> str | None: # such as "RUNNING node1 since ..."; None: there is no such job any more
@@ -454,6 +455,75 @@ class Published(BaseModel):
         if stages: return tuple(stage._replace(**given) for stage in stages)
         raise CafError(f"method {network!r} has no published recipe", remedy="Give it a searched or a weighted loss")
 
+# %% ../../nbs/lib/29_stages.ipynb #0c9c9410
+class TermEffects(BaseModel):
+    "What pushing one term does to a frozen task network after a training, and what hypergradients say of it."
+    model_config = ConfigDict(extra="forbid")
+    data: Data                                       # labelled, of the task network
+    training: Data                                   # of the fusion network; any task's
+    settings: FusionSettings
+    search: SearchSettings                           # its batch sizes, and eta of the unrolled step
+    detector: DetectorSettings | None = None         # one of the two
+    segmenter: SegmenterSettings | None = None
+    network: str = "caf"
+    vgg: str | Weights = "random"
+    start: Start = Field(None, discriminator="kind") # of the task network
+    fusion_start: Weights | None = None
+    push: float = 1.2                                # of a logit
+    batches: int = 8                                 # of the hypergradients
+    seed: int = 0
+    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    def trained(self, term: str = "") -> "TrainFusion":
+        "The training with equal weights, or with one pushed."
+        alpha = torch.tensor([self.push * (name == term) for name in TERMS])
+        return TrainFusion(data=self.training, loss=Weighted(beta=tuple(alpha.softmax(0).tolist()), vgg=self.vgg),
+                           settings=self.settings, network=self.network, fusion_start=self.fusion_start,
+                           seed=self.seed, infra={"folder": self.infra.folder})
+
+    @infra.apply
+    def run(self) -> pd.DataFrame: # index kind, batch ("effect", 0: of the trainings); a column per term
+        settings, where = _only_one(self.detector, self.segmenter), device()
+        task: Any = _task_network(self.data, settings, self.start, self.seed).to(where)
+        test = in_memory(self.data.split("test"))
+        loss = {term: _mean_loss(task, self.trained(term).fusion(), test, where) for term in ("", *TERMS)}
+        rows = {("effect", 0): [loss[term] - loss[""] for term in TERMS]}
+        for key, found in _hypergradients(self, task, where): rows[key] = found.tolist()
+        index = pd.MultiIndex.from_tuples(rows, names=["kind", "batch"])
+        return pd.DataFrame(list(rows.values()), index, list(TERMS))
+
+    def scores(self) -> dict[str, float]:
+        "By \"KIND, TERM\": the mean over the batches; by \"KIND, cosine\": the mean cosine between two batches."
+        found, values = self.run(), dict[str, float]()
+        for kind, part in found.groupby(level="kind", sort=False):
+            values |= {f"{kind}, {term}": value for term, value in part.mean().items()}
+            if len(part) > 1:
+                even = torch.nn.functional.normalize(torch.tensor(part.to_numpy()), dim=1)
+                values[f"{kind}, cosine"] = ((even @ even.T).sum() - len(even)).item() / (len(even) * (len(even) - 1))
+        return values
+
+    def provenance(self) -> dict[str, str]:
+        trained = f"{len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
+        about = {"trainings": trained, "judge": "frozen"}
+        return _provenance(self, about)
+
+# %% ../../nbs/lib/29_stages.ipynb #c84456be
+class ByEffects(BaseModel):
+    "Weights that follow the measured effects of the terms."
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["effects"] = "effects"
+    measured: tuple[TermEffects, ...] = Field(min_length=1) # of other seeds
+    variant: Literal["paper", "released"] | Variant = "paper"
+    vgg: str | Weights = "random"
+
+    def run(self) -> Searched:
+        "The weights in the form of a search's result."
+        effects = torch.tensor([stage.run().loc["effect"].iloc[0].tolist() for stage in self.measured]).mean(0)
+        beta = (-self.measured[0].push * effects / effects.abs().max()).softmax(0)
+        about = {"loss": f"weights that follow the effects of {len(self.measured)} seeds, variant {self.variant}",
+                 "VGG of terms n, o": vgg_of(self).pretrained}
+        return Searched(dict(zip(TERMS, beta.tolist())), pd.DataFrame(), about)
+
 # %% ../../nbs/lib/29_stages.ipynb #024e83e2
 class Trained(NamedTuple):
     "A trained fusion network."
@@ -493,7 +563,7 @@ class TrainFusion(_FusionTraining):
     "Train a fusion network with searched or given weights, or as its authors did."
     kind: Literal["trained"] = "trained"
     data: Data | BlockData = Field(discriminator="kind")
-    loss: Search | Weighted | Published = Field(discriminator="kind")
+    loss: Search | Weighted | ByEffects | Published = Field(discriminator="kind")
     settings: FusionSettings | None = None        # None with a published loss, which has its own
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
@@ -801,58 +871,6 @@ def _mean_loss(task: Any, net: nn.Module, scenes: Sequence[Scene], where: torch.
     parts = [scenes[i:i + size] for i in range(0, len(scenes), size)]
     found = [task_loss(task, net, collate(part).to(where)).item() * len(part) for part in parts]
     return sum(found) / len(scenes)
-
-# %% ../../nbs/lib/29_stages.ipynb #0c9c9410
-class TermEffects(BaseModel):
-    "What pushing one term does to a frozen task network after a training, and what hypergradients say of it."
-    model_config = ConfigDict(extra="forbid")
-    data: Data                                       # labelled, of the task network
-    training: Data                                   # of the fusion network; any task's
-    settings: FusionSettings
-    search: SearchSettings                           # its batch sizes, and eta of the unrolled step
-    detector: DetectorSettings | None = None         # one of the two
-    segmenter: SegmenterSettings | None = None
-    network: str = "caf"
-    vgg: str | Weights = "random"
-    start: Start = Field(None, discriminator="kind") # of the task network
-    fusion_start: Weights | None = None
-    push: float = 1.2                                # of a logit
-    batches: int = 8                                 # of the hypergradients
-    seed: int = 0
-    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
-
-    def trained(self, term: str = "") -> TrainFusion:
-        "The training with equal weights, or with one pushed."
-        alpha = torch.tensor([self.push * (name == term) for name in TERMS])
-        return TrainFusion(data=self.training, loss=Weighted(beta=tuple(alpha.softmax(0).tolist()), vgg=self.vgg),
-                           settings=self.settings, network=self.network, fusion_start=self.fusion_start,
-                           seed=self.seed, infra={"folder": self.infra.folder})
-
-    @infra.apply
-    def run(self) -> pd.DataFrame: # index kind, batch ("effect", 0: of the trainings); a column per term
-        settings, where = _only_one(self.detector, self.segmenter), device()
-        task: Any = _task_network(self.data, settings, self.start, self.seed).to(where)
-        test = in_memory(self.data.split("test"))
-        loss = {term: _mean_loss(task, self.trained(term).fusion(), test, where) for term in ("", *TERMS)}
-        rows = {("effect", 0): [loss[term] - loss[""] for term in TERMS]}
-        for key, found in _hypergradients(self, task, where): rows[key] = found.tolist()
-        index = pd.MultiIndex.from_tuples(rows, names=["kind", "batch"])
-        return pd.DataFrame(list(rows.values()), index, list(TERMS))
-
-    def scores(self) -> dict[str, float]:
-        "By \"KIND, TERM\": the mean over the batches; by \"KIND, cosine\": the mean cosine between two batches."
-        found, values = self.run(), dict[str, float]()
-        for kind, part in found.groupby(level="kind", sort=False):
-            values |= {f"{kind}, {term}": value for term, value in part.mean().items()}
-            if len(part) > 1:
-                even = torch.nn.functional.normalize(torch.tensor(part.to_numpy()), dim=1)
-                values[f"{kind}, cosine"] = ((even @ even.T).sum() - len(even)).item() / (len(even) * (len(even) - 1))
-        return values
-
-    def provenance(self) -> dict[str, str]:
-        trained = f"{len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
-        about = {"trainings": trained, "judge": "frozen"}
-        return _provenance(self, about)
 
 # %% ../../nbs/lib/29_stages.ipynb #71abdff3
 def _hypergradients(stage: TermEffects, task: Any, where: torch.device) -> Iterator[tuple[tuple[str, int], Tensor]]:
