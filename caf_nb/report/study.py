@@ -251,7 +251,8 @@ def seeds_needed(compared: pd.DataFrame,                 # of `compare_rows`
     "How many seeds see a difference of so many points with 80 % power (two-sided, 5 %), and what these seeds see."
     solve = partial(optional("statsmodels.stats.power", "notebooks").TTestPower().solve_power, alpha=0.05, power=0.8)
     done, rows = compared[compared.n > 1], {}
-    ours = done.row.str.startswith("caf").map({True: "rows of CAF", False: "other networks"})
+    among = done.row.str.startswith("caf") & (done.against.str.startswith("caf") | done.against.isin(_SOURCES))
+    ours = among.map({True: "rows of CAF", False: "other networks"})
     for (metric, of), part in done.assign(sd=_deviation(done)).groupby(["metric", ours], sort=False):
         pooled = float(np.sqrt(np.average(part.sd**2, weights=part.n - 1)))
         rows[f"{metric}, {of}"] = {
