@@ -38,6 +38,7 @@ from ..stages import Search, is_frozen
 METRIC = {"m3fd": "mAP@.5", "mfnet": "mIoU"} # the metric of a claim about a data set
 _PRIMARY = {"m3fd": "mAP@.5:.95", "mfnet": "mIoU"} # the same under a protocol with looks: the steadier of two averages
 _TASK: dict[str, Task] = {"m3fd": "detection", "mfnet": "segmentation"} # of which it is the first set
+_SOURCES = ("ir", "vi", "mean")
 
 class Comparison(NamedTuple):
     "`row` is better than `against`, or no more than `margin` points worse."
@@ -333,8 +334,6 @@ def _block_values(scores: pd.DataFrame, # of `_form_scores`, of one judge
     return list(whole.mean() + (len(change) - 1) * (change.mean() - change))
 
 # %% ../../nbs/lib/32_study.ipynb #b6daa1fe
-_SOURCES = ("ir", "vi", "mean")
-
 def compare_forms(scores: pd.DataFrame,                             # of `_form_scores`
                   metrics: Sequence[str] = ("mAP@.5", "mAP@.5:.95"),
 ) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `_decide`
