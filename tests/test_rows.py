@@ -65,6 +65,7 @@ def test_every_method_has_its_family(setup):
 TABLES = [table1, table2, table3]
 # the last words of a name, and what they say of the stages: everything below these fields
 OF_ROW = {"joint": ("kind", "data", "lr_task", "weight", "detector", "segmenter", "start"), "whole": ("settings.crop",),
+          "oracle": ("kind", "data", "lr_task", "weight", "detector", "segmenter", "start"), "balanced": ("loss.settings.balance",),
           "steady": ("loss.settings.val_batch_size",), "swapped": ("loss.data", "loss.detector", "loss.segmenter", "loss.start")}
 
 
@@ -78,7 +79,7 @@ def how(row: str) -> tuple[str, str, str]:
     "What the name of a row says: network, loss, and a change of either."
     network, _, suffix = row.partition("_")
     own = {"caf": "searched"}.get(network, "source" if network in ("ir", "vi", "mean") else "own")
-    loss = {"": own, "p": "searched", "h": "given", "r": "given", "a": "given"}.get(suffix, "searched")
+    loss = {"": own, "p": "searched", "h": "given", "r": "given", "a": "given", "oracle": "given", "effects": "effects"}.get(suffix, "searched")
     return network, loss, suffix
 
 
@@ -114,7 +115,7 @@ def test_two_rows_differ_in_what_their_names_say(tmp_path, table, name, scenes):
     networks = ("umfusion", "reconet", "u2fusion")
     rows = ["ir", "vi", "mean", *(r for r in ROWS if r.startswith("caf")),
             *(f"{n}{s}" for n in networks for s in ("", "_p", "_h", "_r", "_a"))]
-    profile = Profile.named(name).model_copy(update={"fusion_scenes": scenes})
+    profile = Profile.named(name).model_copy(update={"fusion_scenes": scenes, "pilot": (500,)})
     found = unnamed(Setup(profile=profile, trained=networks, cache=str(tmp_path)), table, rows)
     if scenes == "task": assert not found
     else:
