@@ -204,8 +204,7 @@ _FROZEN = Profile(
     detector=DetectorSettings(model="yolov5n", epochs=0, batch_size=16, nominal_batch=16, pretrained=False,
                               recipe="auto"),
     segmenter=SegmenterSettings(model="tiny", steps=0, batch_size=8, lr=3e-4, pretrained=False),
-    vgg="slim", bundled=True, seeds=tuple(range(100, 110)), pilot=(500, 501, 502, 503),
-    looks=(6, 10, 14),
+    vgg="slim", bundled=True, seeds=tuple(range(100, 110)), pilot=(500, 501, 502, 503), looks=(6, 10, 14),
     pretraining=PretrainSettings(
         data=DataSettings(source="embedded", size=96, train=480, test=64, conflict=True), epochs=24, steps=600),
     methods=("ir", "vi", "mean", "caf"), ablation=("caf_h", "caf_r", "caf_a", "caf"),

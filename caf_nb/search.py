@@ -240,10 +240,9 @@ def _units(net: nn.Module, space: LossSpace, scenes: Sequence[Scene], settings: 
 
 def _final(p: _Players, printed: LossSpace) -> Tensor: # (15,) logits
     "The result of a search, in the units of `printed`."
-    rows = round(p.settings.average_last * len(p.rows))
-    if not rows and p.space is printed: return p.alpha.detach().cpu()
-    recent = torch.tensor([[row[name] for name in TERMS] for row in p.rows[-rows:]]).mean(0) if rows else None
-    beta = p.alpha.detach().softmax(0).cpu() if recent is None else recent
+    if p.space is printed and not p.settings.average_last: return p.alpha.detach().cpu()
+    last = p.rows[-max(1, round(p.settings.average_last * len(p.rows))):]
+    beta = torch.tensor([[row[name] for name in TERMS] for row in last]).mean(0)
     even = beta * (p.space.scale / printed.scale).cpu()
     return logits(even / even.sum())
 

@@ -30,7 +30,7 @@ from ..core import CafError, optional, tqdm
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
 from caf_nb.rows import (
-    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady,
+    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, even, in_order, left_out, read_cell, row_style, steady,
 )
 from ..stages import Search, is_frozen
 
@@ -105,10 +105,9 @@ def searches(setup: Setup, claims: Sequence[Claim] = CLAIMS) -> dict[str, Search
     "The searches behind the rows of CAF."
     tasks = setup.tasks
     def of(row): return [task for task in tasks if task in {_TASK[d] for d, r in needed(claims) if r == row}]
-    even = setup.changed("search", balance=True)
     return ({str(task): setup.search(task) for task in tasks}
             | {f"{task}_steady": steady(setup).search(task) for task in of("caf_steady")}
-            | {f"{task}_balanced": even.search(task) for task in of("caf_balanced")})
+            | {f"{task}_balanced": even(setup).search(task) for task in of("caf_balanced")})
 
 # %% ../../nbs/lib/32_study.ipynb #e4a442ec
 def _stages(setup: Setup, claims: Sequence[Claim]) -> dict[tuple[str, str], Any]:
@@ -453,7 +452,7 @@ def head_room(found: Found, # of `HEAD_ROOM`
     "The first gate: how much better than the plain mean a fused picture can be for the judge."
     rows = {}
     for dataset, metric in _PRIMARY.items():
-        gains = effect(_differences(found, HEAD_ROOM[0].comparisons[list(_PRIMARY).index(dataset) * 3], _PRIMARY))
+        gains = effect(_differences(found, Comparison(dataset, "caf_oracle", "mean"), _PRIMARY))
         best = []
         for seed in _row_scores(found, dataset, "mean", _PRIMARY):
             forms = pd.DataFrame({row: found[dataset, row, seed].scores for row in _SOURCES})
@@ -468,8 +467,7 @@ def _effects(cells: Mapping[tuple[str, int], Cell], task: str, kind: str) -> pd.
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(TERMS))
 
 def _kinds(cells: Mapping[tuple[str, int], Cell]) -> list[str]: # of hypergradient
-    names = dict.fromkeys(name.rpartition(", ")[0] for cell in cells.values() for name in cell.scores)
-    return [kind for kind in names if kind != "effect"]
+    return [k for k in dict.fromkeys(n.rpartition(", ")[0] for c in cells.values() for n in c.scores) if k != "effect"]
 
 # %% ../../nbs/lib/32_study.ipynb #bb706c2d
 def agreement(cells: Mapping[tuple[str, int], Cell], # (task, seed) -> a cell of `TermEffects`
