@@ -52,6 +52,7 @@ class SearchSettings(_Settings):
     decay_of: Literal["beta", "all"] = "beta" # whose rate; all: those of omega_t and omega_f as well
     decay_every: Literal["epoch", "step"] = "epoch" # step: each update of beta; the paper says neither
     warmup_task: int = Field(0, ge=0)        # first updates of omega_t alone; paper: COCO weights instead
+    warmup_fusion: int = Field(0, ge=0)      # then updates of omega_f alone, with the weights of the start
     kind: Literal["finite_difference", "exact", "neumann"] = "finite_difference"  # of the hypergradient
     r: float | None = Field(None, gt=0)      # kind finite_difference only: its radius; the released code's is 0.01
     neumann_terms: int | None = Field(None, ge=1) # kind neumann only
@@ -122,6 +123,7 @@ class PretrainSettings(_Settings):
     data: DataSettings
     epochs: int # of the detector
     steps: int  # of the segmenter
+    blends: bool = False # show weighted means and the maximum, too, not only the sources and their mean
 
 # %% ../nbs/lib/01_config.ipynb #0185b2a7
 class Profile(_Settings):
@@ -199,16 +201,17 @@ _MINI = Profile(
 _FROZEN = Profile(
     name="frozen", note="frozen judges on synthetic scenes that need fusing",
     data=DataSettings(source="embedded", size=96, train=128, val=64, test=128, conflict=True),
-    search=SearchSettings(epochs=1, batch_size=4, val_batch_size=8, lr_alpha=0.1, lr_fusion=1e-3),
+    search=SearchSettings(epochs=2, batch_size=4, val_batch_size=8, lr_alpha=0.1, lr_fusion=1e-3, average_last=0.33),
     fusion=FusionSettings(epochs=4, batch_size=4, lr=1e-3, crop=48, schedule="cosine", ema=0.95),
     detector=DetectorSettings(model="yolov5n", epochs=0, batch_size=16, nominal_batch=16, pretrained=False,
                               recipe="auto"),
     segmenter=SegmenterSettings(model="tiny", steps=0, batch_size=8, lr=3e-4, pretrained=False),
-    vgg="slim", bundled=True, seeds=tuple(range(100, 110)), pilot=(500, 501, 502, 503), looks=(6, 10, 14),
+    vgg="slim", bundled=True, seeds=tuple(range(300, 310)), pilot=(510, 511, 512), looks=(6, 10, 14),
     pretraining=PretrainSettings(
-        data=DataSettings(source="embedded", size=96, train=480, test=64, conflict=True), epochs=24, steps=600),
+        data=DataSettings(source="embedded", size=96, train=960, test=64, conflict=True), epochs=20, steps=1200,
+        blends=True),
     methods=("ir", "vi", "mean", "caf"), ablation=("caf_h", "caf_r", "caf_a", "caf"),
-    claims=("C1", "C2", "C4", "C5", "Balanced units", "Black box"))
+    claims=("C1", "C2", "C4", "C5", "Warm-up", "Black box"))
 
 # %% ../nbs/lib/01_config.ipynb #29c0c296
 _PAPER = Profile(

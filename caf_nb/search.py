@@ -137,6 +137,13 @@ def _fusion_gradient(p: _Players, targets: Targets) -> tuple[Tensor, dict[str, f
     norm = backward(loss, p.by_fusion, len(p.rows), f"the fusion loss{f' ({broken[0]})' if broken else ''}")
     return norm, {"fusion_loss": loss.item()} | {f"value_{name}": term for name, term in zip(TERMS, terms.tolist())}
 
+# %% ../nbs/lib/21_search.ipynb #cf1c2f22
+def _step_fusion(p: _Players, batch: Batch) -> float:
+    "A step of omega_f alone, with beta as it is."
+    norm, losses = _fusion_gradient(p, p.space.targets(batch.ir, luma(batch.vi)))
+    move(p.by_fusion, norm, p.settings.max_norm)
+    return losses["fusion_loss"]
+
 # %% ../nbs/lib/21_search.ipynb #64c46b41
 def _update_beta(p: _Players, targets: Targets, batch: Batch) -> dict[str, float]:
     "The hypergradient update."
@@ -194,8 +201,11 @@ class _Search(Training):
 
     def __init__(self, players: _Players, about: dict[str, Any]):
         super().__init__("search", players.where)
-        self.players, self.known, self.warmup, self.converged = players, about, players.settings.warmup_task, False
-        self.total = self.warmup + players.settings.epochs * players.orders[0].steps
+        self.players, self.known, self.converged = players, about, False
+        self.total = sum(self.warmups) + players.settings.epochs * players.orders[0].steps
+
+    @property
+    def warmups(self) -> tuple[int, int]: return self.players.settings.warmup_task, self.players.settings.warmup_fusion
 
     @property
     def finished(self) -> bool: return self.converged or len(self.losses) == self.total
@@ -204,7 +214,8 @@ class _Search(Training):
         p, s = self.players, self.players.settings
         p.orders[1].last = []  # no validation scene was read yet
         try:
-            if len(self.losses) < self.warmup: return self.losses.append(_step_task(p, p.batch(2)))
+            if len(self.losses) < self.warmups[0]: return self.losses.append(_step_task(p, p.batch(2)))
+            if len(self.losses) < sum(self.warmups): return self.losses.append(_step_fusion(p, p.batch(2)))
             p.rows.append(_step(p))
         except NotFinite as error: raise _named(error, p) from None
         self.losses.append(p.rows[-1]["fusion_loss"])

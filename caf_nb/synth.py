@@ -466,6 +466,7 @@ def _spot(h: int, w: int, x: float, y: float, rx: float, ry: float) -> np.ndarra
     spot = np.outer(np.exp(-0.5 * ((v - y) / ry) ** 2), np.exp(-0.5 * ((u - x) / rx) ** 2))
     return spot.astype(np.float32)[..., None]
 
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _WARM, _TAIL = np.array([[1.0, 0.86, 0.62], [0.3, 0.03, 0.02]], np.float32) # light of lamps and of tail lights
 
 def _illumination(rng: Generator, view: _View, night: bool, lights: list) -> np.ndarray:
@@ -506,8 +507,8 @@ def _smoke(rng: Generator, view: _View) -> np.ndarray:
 
 # %% ../nbs/lib/08_synth.ipynb #65ed7b9a
 def _visible(rng: Generator, view: _View, night: bool, colour: np.ndarray, glow: np.ndarray,
-             lights: list) -> np.ndarray:
-    "The image of the colour camera, (H,W,3) float32 in [0,1], from colour by daylight and glow."
+             lights: list, poor: bool = False) -> np.ndarray:
+    "The image of the visible camera, (H,W,3) float32 in [0,1], from colour by daylight and glow; gray if `poor`."
     h, w = view.h, view.w
     grain = 1 + 0.05 * rng.standard_normal((h, w, 1), np.float32) + 0.05 * _smooth(rng, h, w, 9)[..., None]
     scene = colour * grain * _illumination(rng, view, night, lights) + glow
@@ -515,7 +516,10 @@ def _visible(rng: Generator, view: _View, night: bool, colour: np.ndarray, glow:
     scene = np.clip(scene * (1 - smoke) + dust * smoke + _glare(rng, view, night, lights), 0, 1)
     scene = cv2.GaussianBlur(scene, (0, 0), 0.3 + 0.001 * min(h, w))
     sigma = np.sqrt(3e-4 * scene + 2e-4 if not night else 1.2e-3 * scene + 2.5e-4)
-    return np.clip(scene + sigma * rng.standard_normal((h, w, 3), np.float32), 0, 1)
+    noise = sigma * rng.standard_normal((h, w, 3), np.float32)
+    if not poor: return np.clip(scene + noise, 0, 1)
+    gray = (scene @ _LUMA)[..., None] + (5 if night else 1) * noise[..., :1]
+    return np.clip(gray, 0, 1).repeat(3, axis=2)
 
 # %% ../nbs/lib/08_synth.ipynb #183b655c
 class _Render(NamedTuple):
@@ -545,14 +549,37 @@ def _yolo_box(where: np.ndarray) -> tuple[float, float, float, float]:
 
 # %% ../nbs/lib/08_synth.ipynb #901706f9
 _MISSED = {"person": "vi", "bike": "vi", "car": "ir", "bus": "ir", "truck": "ir", "motorcycle": "ir"} # by which camera
+_COLD = {"lamp", "cone", "car_stop", "guardrail", "bump"}
+
+def _missed(rng: Generator, night: bool, kind: str) -> str | None: # "ir", "vi", "mean", or None: by none
+    "Which picture misses a thing."
+    alone, inverse = rng.random(2)
+    camera = _MISSED.get(kind)
+    if camera and alone < 1 / 3 and (camera == "vi" or not night): return camera
+    return "mean" if inverse < (0.5 if kind in _COLD else 0.4 if camera and not night else 0.) else None
+
+def _brightness(canvas: _Canvas) -> np.ndarray:
+    "About what the visible camera makes of the canvas, in [0,1]."
+    colour, glow = (np.asarray(im.convert("L"), np.float32) / 255 for im in (canvas.colour, canvas.glow))
+    return colour * 0.06 + glow if canvas.night else colour * 0.85
+
+# %% ../nbs/lib/08_synth.ipynb #5628b240
+def _negative(canvas: _Canvas, heat: np.ndarray, bright: np.ndarray, painted: np.ndarray) -> Image.Image:
+    "The heat before (`heat`), made colder where a thing is brighter than what was there: the mean of both stays."
+    ground = np.where(heat == _EQUILIBRIUM, _byte(1 if canvas.night else 2), heat).astype(np.float32)
+    change = 8 * (_brightness(canvas) - bright) / 0.034  # the infrared camera's gain, a kelvin
+    return Image.fromarray(np.where(painted, np.clip(ground - change, 1, 255), heat).astype(np.uint8))
 
 def _paint(canvas: _Canvas, thing: _Thing, number: int, missed: str | None = None):
-    "Paint a thing; the camera that misses it sees almost, the infrared one exactly, what was there before."
-    layers = {"ir": [canvas.heat], "vi": [canvas.colour, canvas.glow]}.get(missed or "", [])
-    before, lights = [layer.copy() for layer in layers], len(canvas.lights)
+    "Paint a thing; a camera that misses it sees almost, the infrared one exactly, what was there before."
+    layers = [canvas.colour, canvas.glow] if missed == "vi" else []
+    before, lights, heat = [layer.copy() for layer in layers], len(canvas.lights), np.array(canvas.heat)
+    bright = _brightness(canvas) if missed == "mean" else None
     canvas.paint(thing.parts, thing.s, thing.x, number)
-    for layer, old in zip(layers, before): layer.paste(Image.blend(old, layer, 0.12) if missed == "vi" else old)
+    for layer, old in zip(layers, before): layer.paste(Image.blend(old, layer, 0.12))
     if missed == "vi": del canvas.lights[lights:]
+    if missed == "ir": canvas.heat.paste(Image.fromarray(heat))
+    if bright is not None: canvas.heat.paste(_negative(canvas, heat, bright, np.asarray(canvas.ids) == number))
 
 # %% ../nbs/lib/08_synth.ipynb #ec6f051c
 def _vent(rng: Generator) -> list[_Part]:
@@ -560,12 +587,12 @@ def _vent(rng: Generator) -> list[_Part]:
     half, height = rng.uniform(0.2, 0.6), rng.uniform(0.5, 1.7)
     return [_rect("skin", -half, half, 0, height), _disc("engine", 0, height, half)]
 
-def _decoys(view: _View, canvas: _Canvas, rng: Generator, things: Sequence[_Thing]) -> dict[int, str]:
-    "Paint what has no label, and say which camera misses which of the `things`, by number."
+def _decoys(view: _View, canvas: _Canvas, rng: Generator, things: Sequence[_Thing]
+) -> list[str | None]:
+    "Paint what has no label, and say which picture misses which of the `things`."
     for camera, draw in (*[("ir", _person)] * 3, *[("vi", _vent)] * 3):
         _paint(canvas, _try(rng, view, "person")._replace(parts=draw(rng)), 0, camera)
-    missed = {n: _MISSED[t.kind] for n, t in enumerate(things, 2) if t.kind in _MISSED and rng.random() < 0.5}
-    return {n: by for n, by in missed.items() if by == "vi" or not canvas.night}
+    return [_missed(rng, canvas.night, thing.kind) for thing in things]
 
 # %% ../nbs/lib/08_synth.ipynb #72413883
 def _render(i: int, h: int, w: int, seed: int, conflict: bool = False) -> _Render:
@@ -577,13 +604,13 @@ def _render(i: int, h: int, w: int, seed: int, conflict: bool = False) -> _Rende
     full = [np.sum(canvas.samples() == 1)]
     empty = np.asarray(canvas.heat).copy()
     things = _place(rng, view, _cast(rng, i, seed))
-    hidden = _decoys(view, canvas, np.random.default_rng([seed, 2, i]), things) if conflict else {}
-    for number, thing in enumerate(things, 2):
-        _paint(canvas, thing, number, hidden.get(number))
+    hidden = _decoys(view, canvas, np.random.default_rng([seed, 2, i]), things) if conflict else [None] * len(things)
+    for number, (thing, missed) in enumerate(zip(things, hidden), 2):
+        _paint(canvas, thing, number, missed)
         full.append(np.sum(canvas.samples() == number))
     colour, glow = (np.asarray(im.reduce(_FINE), np.float32) / 255 for im in (canvas.colour, canvas.glow))
     return _Render(night, _infrared(rng, _kelvin(canvas, empty), _fixed_pattern(seed, h, w)),
-                  _visible(rng, view, night, colour, glow, canvas.lights),
+                  _visible(rng, view, night, colour, glow, canvas.lights, conflict),
                   ["curve", *[t.kind for t in things]], _labelled(canvas.samples(), full))
 
 def _kelvin(canvas: _Canvas, empty: np.ndarray) -> np.ndarray:

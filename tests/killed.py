@@ -63,9 +63,9 @@ def joint(folder: Path) -> dict:
 
 
 def searched(folder: Path) -> dict:
-    "The bi-level optimisation, with a warm-up of the task network."
+    "The bi-level optimisation, with a warm-up of both networks."
     torch.manual_seed(0)
-    settings = SearchSettings(epochs=4, batch_size=2, lr_fusion=1e-3, warmup_task=3)
+    settings = SearchSettings(epochs=4, batch_size=2, lr_fusion=1e-3, warmup_task=2, warmup_fusion=2)
     result = search(FusionNet(), Segmenter(MFNET_CLASSES), LossSpace(RELEASED), MASKED[:6], MASKED[6:], settings, progress=False, folder=folder / "state")
     return {"losses": result.history.to_dict("records"), "alpha": result.alpha}
 

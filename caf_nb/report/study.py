@@ -30,7 +30,7 @@ from ..core import CafError, optional, tqdm
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
 from caf_nb.rows import (
-    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, even, in_order, left_out, read_cell, row_style, steady,
+    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady, warm,
 )
 from ..stages import Search, is_frozen
 
@@ -107,7 +107,7 @@ def searches(setup: Setup, claims: Sequence[Claim] = CLAIMS) -> dict[str, Search
     def of(row): return [task for task in tasks if task in {_TASK[d] for d, r in needed(claims) if r == row}]
     return ({str(task): setup.search(task) for task in tasks}
             | {f"{task}_steady": steady(setup).search(task) for task in of("caf_steady")}
-            | {f"{task}_balanced": even(setup).search(task) for task in of("caf_balanced")})
+            | {f"{task}_warm": warm(setup).search(task) for task in of("caf_warm")})
 
 # %% ../../nbs/lib/32_study.ipynb #e4a442ec
 def _stages(setup: Setup, claims: Sequence[Claim]) -> dict[tuple[str, str], Any]:
@@ -441,8 +441,8 @@ HEAD_ROOM = (
     Claim("Gate 1", "Trained through the judge, the fusion network beats the mean of both sources by two points.",
           _compared([("caf_oracle", "mean"), ("ir", "mean"), ("vi", "mean")], margin=-2.)),)
 REMEDIES = (
-    Claim("Balanced units", "Searched for terms of one strength, the loss beats average weights and the plain search.",
-          _compared([("caf_balanced", row) for row in ("caf_a", "caf")])),
+    Claim("Warm-up", "Searched from a trained fusion network, the loss beats average weights and the plain search.",
+          _compared([("caf_warm", row) for row in ("caf_a", "caf")])),
     Claim("Black box", "Weights that follow the measured effects of the terms beat average weights and the search.",
           _compared([("caf_effects", row) for row in ("caf_a", "caf")])),
 )
@@ -458,8 +458,10 @@ def head_room(found: Found, # of `HEAD_ROOM`
             forms = pd.DataFrame({row: found[dataset, row, seed].scores for row in _SOURCES})
             each = forms[~forms.index.str.match("mAP|mIoU|mAcc|Acc ")]
             best.append(each.max(axis=1).mean() - forms.loc[metric, "mean"])
+        alone = {name: np.mean(_differences(found, Comparison(dataset, row, "mean"), _PRIMARY))
+                 for name, row in (("infrared", "ir"), ("visible", "vi"))}
         rows[dataset] = {"metric": metric, "seeds": gains.n, "through the judge": gains.mean, "low": gains.low,
-                         "high": gains.high, "best source of each class": np.mean(best)}
+                         "high": gains.high, **alone, "best source of each class": np.mean(best)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
 
 def _effects(cells: Mapping[tuple[str, int], Cell], task: str, kind: str) -> pd.DataFrame: # a row a seed
@@ -467,11 +469,12 @@ def _effects(cells: Mapping[tuple[str, int], Cell], task: str, kind: str) -> pd.
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(TERMS))
 
 def _kinds(cells: Mapping[tuple[str, int], Cell]) -> list[str]: # of hypergradient
-    return [k for k in dict.fromkeys(n.rpartition(", ")[0] for c in cells.values() for n in c.scores) if k != "effect"]
+    names = dict.fromkeys(n.rpartition(", ")[0] for c in cells.values() for n in c.scores)
+    return [name for name in names if name not in ("effect", "curvature")]
 
 # %% ../../nbs/lib/32_study.ipynb #bb706c2d
 def agreement(cells: Mapping[tuple[str, int], Cell], # (task, seed) -> a cell of `TermEffects`
-) -> pd.DataFrame: # index task; columns seeds, largest effect, between halves of the seeds, and two per kind
+) -> pd.DataFrame: # index task; columns seeds, sizes, between halves of the seeds, and two per kind
     "The second and the third gate: rank correlations."
     from scipy.stats import spearmanr
 
@@ -480,7 +483,9 @@ def agreement(cells: Mapping[tuple[str, int], Cell], # (task, seed) -> a cell of
         true = _effects(cells, task, "effect")
         halves = [true.loc[list(half)].mean().to_numpy() for half in combinations(true.index, len(true) // 2)]
         others = [true.drop(list(half)).mean().to_numpy() for half in combinations(true.index, len(true) // 2)]
+        bent = _effects(cells, task, "curvature")
         rows[task] = {"seeds": len(true), "largest effect": true.mean().abs().max(),
+                      "mean effect": true.mean().abs().mean(), "mean curvature": bent.mean().abs().mean(),
                       "between halves of the seeds": np.mean([spearmanr(a, b)[0] for a, b in zip(halves, others)])}
         for kind in _kinds(cells):
             cosines = [c.scores[f"{kind}, cosine"] for (t, _), c in cells.items() if t == task]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'levels', 'PretrainedWeights', 'Weights',
-           'bundled_weights', 'source_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search', 'Weighted',
-           'Published', 'TermEffects', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file',
-           'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'Judged',
-           'JudgeForms', 'MeasureFusion']
+           'bundled_weights', 'source_in_turn', 'form_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search',
+           'Weighted', 'Published', 'TermEffects', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint', 'Method',
+           'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector',
+           'FinetuneSegmenter', 'Judged', 'JudgeForms', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
@@ -279,12 +279,20 @@ def _write_split(folder: Path, data: Data, split: Literal["train", "val", "test"
     else: write_yolo_folder(folder, split, images, labels, data.stems(split), data.classes)
 
 # %% ../../nbs/lib/29_stages.ipynb #7ac07bce
+def _number(scene: Scene) -> int: return int("".join(filter(str.isdigit, scene.stem)) or 0)
+
 def source_in_turn(dataset: str, split: str, scene: Scene) -> Tensor:
     "A scene as infrared, visible or mean image, by the number in its name; always three channels."
-    vi = luma(scene.vi)
-    which = int("".join(filter(str.isdigit, scene.stem)) or 0) % 3
+    which = _number(scene) % 3
     if which == 0: return to_uint8(scene.ir).expand(3, -1, -1)
-    return to_uint8(scene.vi) if which == 1 else recolor_uint8((scene.ir + vi) / 2, scene.vi)
+    return to_uint8(scene.vi) if which == 1 else recolor_uint8((scene.ir + luma(scene.vi)) / 2, scene.vi)
+
+def form_in_turn(dataset: str, split: str, scene: Scene) -> Tensor:
+    "The same, with the maximum and with means of other weights: a judge should know many fused pictures."
+    pair, vi, share = _number(scene) // 2, luma(scene.vi), 0.15 + 0.7 * (_number(scene) * 0.618034 % 1)
+    if pair % 5 < 2: return to_uint8((scene.ir, vi)[pair % 5]).expand(3, -1, -1)
+    fused = torch.maximum(scene.ir, vi) if pair % 5 == 2 else share * scene.ir + (1 - share) * vi
+    return recolor_uint8(fused, scene.vi)
 
 # %% ../../nbs/lib/29_stages.ipynb #924c5fc1
 class Pretrain(BaseModel):
@@ -295,13 +303,15 @@ class Pretrain(BaseModel):
     detector: DetectorSettings | None = None      # one of the two
     segmenter: SegmenterSettings | None = None
     start: Weights | None = None                  # None: random initialisation
+    blends: bool = False                          # show weighted means and the maximum, too
     seed: int = 0
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
     @infra.apply
     def run(self) -> PretrainedWeights:
         settings, pictures = _only_one(self.detector, self.segmenter), _folder(self.infra, "pictures")
-        for split in ("train", "test"): _write_split(pictures, self.data, split, source_in_turn)
+        for split in ("train", "test"):
+            _write_split(pictures, self.data, split, form_in_turn if self.blends else source_in_turn)
         task, sizes = _task_network(self.data, settings, self.start, self.seed), self.data.settings
         result = _finetune(task, pictures, settings, sizes.size, _folder(self.infra, "network"), self.seed)
         score = f"mAP@.5 {result.map50:.2f}" if self.detector else f"mIoU {result.miou:.2f}"
@@ -474,20 +484,22 @@ class TermEffects(BaseModel):
     seed: int = 0
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
-    def trained(self, term: str = "") -> "TrainFusion":
-        "The training with equal weights, or with one pushed."
-        alpha = torch.tensor([self.push * (name == term) for name in TERMS])
+    def trained(self, term: str = "", sign: int = 1) -> "TrainFusion":
+        "The training with equal weights, or with one pushed up (1) or down (-1)."
+        alpha = torch.tensor([sign * self.push * (name == term) for name in TERMS])
         return TrainFusion(data=self.training, loss=Weighted(beta=tuple(alpha.softmax(0).tolist()), vgg=self.vgg),
                            settings=self.settings, network=self.network, fusion_start=self.fusion_start,
                            seed=self.seed, infra={"folder": self.infra.folder})
 
     @infra.apply
-    def run(self) -> pd.DataFrame: # index kind, batch ("effect", 0: of the trainings); a column per term
+    def run(self) -> pd.DataFrame: # index kind, batch (0 of "effect" and "curvature"); a column per term
         settings, where = _only_one(self.detector, self.segmenter), device()
         task: Any = _task_network(self.data, settings, self.start, self.seed).to(where)
         test = in_memory(self.data.split("test"))
-        loss = {term: _mean_loss(task, self.trained(term).fusion(), test, where) for term in ("", *TERMS)}
-        rows = {("effect", 0): [loss[term] - loss[""] for term in TERMS]}
+        def loss(*push): return _mean_loss(task, self.trained(*push).fusion(), test, where)
+        pushed, equal = torch.tensor([[loss(term, sign) for term in TERMS] for sign in (1, -1)]), loss()
+        rows = {("effect", 0): ((pushed[0] - pushed[1]) / 2).tolist(),
+                ("curvature", 0): (pushed.mean(0) - equal).tolist()}
         for key, found in _hypergradients(self, task, where): rows[key] = found.tolist()
         index = pd.MultiIndex.from_tuples(rows, names=["kind", "batch"])
         return pd.DataFrame(list(rows.values()), index, list(TERMS))
@@ -503,7 +515,7 @@ class TermEffects(BaseModel):
         return values
 
     def provenance(self) -> dict[str, str]:
-        trained = f"{len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
+        trained = f"{2 * len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
         about = {"trainings": trained, "judge": "frozen"}
         return _provenance(self, about)
 
