@@ -7,11 +7,12 @@ __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'le
            'bundled_weights', 'source_in_turn', 'form_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search',
            'Weighted', 'Published', 'TermEffects', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint', 'Method',
            'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector',
-           'FinetuneSegmenter', 'Judged', 'JudgeForms', 'MeasureFusion']
+           'FinetuneSegmenter', 'Judged', 'JudgeForms', 'ReadForms', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -42,7 +43,7 @@ from ..losses import LossSpace, TERMS, Variant
 from ..metrics import measure
 from ..search import hypergradient, search, task_loss
 from .sources import BlockData, Data, SPLITS, SplitName, in_memory
-from ..tasks import AnchorDetector, Detector, Segmenter, find_detector
+from ..tasks import AnchorDetector, Detector, EspNet, Filled, Segmenter, filled_boxes, find_detector
 from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, average_precision, caf_recipe, evaluate_detector, evaluate_segmenter,
     finetune_detector, finetune_segmenter, matched_boxes, train_fusion, train_joint, write_mask_folder,
@@ -831,6 +832,19 @@ def _write_forms(folder: Path, data: Data, split: Literal["train", "test"], form
     stems = [f"{name}-{stem}" for stem in data.stems(split) for name in pictures]
     write_yolo_folder(folder, split, images, boxes, stems, data.classes)
 
+# %% ../../nbs/lib/29_stages.ipynb #16d8cc41
+def _with_and_without(stage: Any, # with `forms`, and a split file that names the blocks
+                      of: Callable[[list[str]], dict[str, float]], # of FORM-STEM, the scores
+) -> dict[str, float]: # by "FORM, METRIC" and "FORM, METRIC, without N"
+    "The scores of each form on all test scenes, and without each block of them."
+    block = {m.stem: m.scene for m in read_split(stage.data.split_file).members if m.part == "test"}
+    values = dict[str, float]()
+    for form, without in product(stage.forms, (None, *sorted({*block.values()}))):
+        found = of([f"{form.method}-{stem}" for stem, n in block.items() if n != without])
+        end = "" if without is None else f", without {without}"
+        values |= {f"{form.method}, {metric}{end}": value for metric, value in found.items()}
+    return values
+
 # %% ../../nbs/lib/29_stages.ipynb #42e44624
 class Judged(NamedTuple):
     "What a frozen judge found."
@@ -859,19 +873,53 @@ class JudgeForms(BaseModel):
     def scores(self) -> dict[str, float]:
         """Percent by "FORM, METRIC" (AP of each class, mAP@.5:.95, mAP@.5), and by "FORM, METRIC, without N" for each
         block N of the test scenes."""
-        found, values = self.run().matched, dict[str, float]()
-        block = {m.stem: m.scene for m in read_split(self.data.split_file).members if m.part == "test"}
-        for form, without in product(self.forms, (None, *sorted({*block.values()}))):
-            ap = average_precision([found[f"{form.method}-{stem}"] for stem, n in block.items() if n != without],
-                                   self.data.classes)
-            end = "" if without is None else f", without {without}"
-            values |= {f"{form.method}, {metric}{end}": value for metric, value in
-                       _percent(ap.ap | {"mAP@.5:.95": ap.map, "mAP@.5": ap.map50}).items()}
-        return values
+        found = self.run().matched
+        def of(names):
+            ap = average_precision([found[name] for name in names], self.data.classes)
+            return _percent(ap.ap | {"mAP@.5:.95": ap.map, "mAP@.5": ap.map50})
+        return _with_and_without(self, of)
 
     def provenance(self) -> dict[str, str]:
         result = self.run()
         return _provenance(self, {"judge": result.provenance, "judge seconds": f"{result.seconds:.0f}"})
+
+# %% ../../nbs/lib/29_stages.ipynb #96f512f4
+class ReadForms(BaseModel):
+    "What ESPNetv2, as it was trained on Cityscapes, sees in each form of the test scenes."
+    model_config = ConfigDict(extra="forbid")
+    data: Data                                       # its split file names the blocks
+    forms: tuple[_Form, ...]
+    reader: Weights
+    enlarge: int = Field(2, ge=1)                    # factor of the sides of a picture
+    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    @infra.apply
+    def run(self) -> dict[str, dict[str, Filled]]: # by FORM-STEM, then by class
+        reader, found = EspNet(self.reader.file).to(device()), dict[str, dict[str, Filled]]()
+        pictures = {form.method: form.pictures() for form in self.forms}
+        for scene, (name, picture) in product(self.data.whole("test"), pictures.items()):
+            shown = picture(self.data.name, "test", scene).float().expand(3, -1, -1)[None] / 255
+            large = torch.nn.functional.interpolate(shown, scale_factor=self.enlarge, mode="bilinear").clamp(0, 1)
+            labels = reader.predict(large.to(device()))[0].cpu()
+            found[f"{name}-{scene.stem}"] = filled_boxes(labels, scene.boxes, self.data.classes)
+        return found
+
+    def scores(self) -> dict[str, float]:
+        """Percent by "FORM, CLASS filled" (mean share of a box) and "FORM, CLASS outside" (of the label, in no box), and
+        by "FORM, ..., without N" for each block N of the test scenes."""
+        found = self.run()
+        def of(names):
+            values = dict[str, float]()
+            for kind in found[names[0]]:
+                parts = [found[name][kind] for name in names]
+                boxes, labelled = (sum(getattr(p, field) for p in parts) for field in ("boxes", "labelled"))
+                values[f"{kind} filled"] = sum(p.boxes * p.filled for p in parts if p.boxes) / boxes if boxes else math.nan
+                values[f"{kind} outside"] = sum(p.outside for p in parts) / labelled if labelled else math.nan
+            return _percent(values)
+        return _with_and_without(self, of)
+
+    def provenance(self) -> dict[str, str]:
+        return _provenance(self, {"judge": f"ESPNetv2 with {identify(Path(self.reader.file))}, as published"})
 
 # %% ../../nbs/lib/29_stages.ipynb #41aac086
 _KINDS: dict[str, dict[str, Any]] = { # of the hypergradient, as `TermEffects` tries them
