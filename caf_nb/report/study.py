@@ -105,7 +105,8 @@ def searches(setup: Setup, claims: Sequence[Claim] = CLAIMS) -> dict[str, Search
     "The searches behind the rows of CAF."
     tasks = setup.tasks
     def of(row): return [task for task in tasks if task in {_TASK[d] for d, r in needed(claims) if r == row}]
-    return ({str(task): setup.search(task) for task in tasks}
+    plain = tasks if {"caf", "caf_swapped", "caf_joint", "caf_whole"} & {row for _, row in needed(claims)} else []
+    return ({str(task): setup.search(task) for task in plain}
             | {f"{task}_steady": steady(setup).search(task) for task in of("caf_steady")}
             | {f"{task}_warm": warm(setup).search(task) for task in of("caf_warm")})
 

@@ -905,15 +905,16 @@ class ReadForms(BaseModel):
         return found
 
     def scores(self) -> dict[str, float]:
-        """Percent by "FORM, CLASS filled" (mean share of a box) and "FORM, CLASS outside" (of the label, in no box), and
-        by "FORM, ..., without N" for each block N of the test scenes."""
+        """Percent by "FORM, CLASS filled" (mean share of a box) and "FORM, CLASS outside" (share of the label in no box),
+        and by "FORM, ..., without N" for each block N of the test scenes."""
         found = self.run()
         def of(names):
             values = dict[str, float]()
             for kind in found[names[0]]:
                 parts = [found[name][kind] for name in names]
                 boxes, labelled = (sum(getattr(p, field) for p in parts) for field in ("boxes", "labelled"))
-                values[f"{kind} filled"] = sum(p.boxes * p.filled for p in parts if p.boxes) / boxes if boxes else math.nan
+                filled = sum(p.boxes * p.filled for p in parts if p.boxes)
+                values[f"{kind} filled"] = filled / boxes if boxes else math.nan
                 values[f"{kind} outside"] = sum(p.outside for p in parts) / labelled if labelled else math.nan
             return _percent(values)
         return _with_and_without(self, of)

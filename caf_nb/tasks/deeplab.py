@@ -428,7 +428,8 @@ def filled_boxes(labels: Tensor,          # (H,W) index of `EspNet.classes`
         wanted = torch.tensor([EspNet.classes.index(c) for c in _SEEN_AS[name]])
         seen, inside, shares = torch.isin(labels, wanted).numpy(), np.zeros(labels.shape, np.uint8), []
         for _, cx, cy, w, h in boxes[boxes[:, 0] == classes.index(name)].tolist():
-            (x0, y0), (x1, y1) = (np.round(np.array((cx + s * w / 2, cy + s * h / 2)) * size).astype(int) for s in (-1, 1))
+            corners = np.array([(cx - w / 2, cy - h / 2), (cx + w / 2, cy + h / 2)]) * size
+            (x0, y0), (x1, y1) = corners.round().astype(int)
             spot = slice(max(y0, 0), max(y1, y0 + 1)), slice(max(x0, 0), max(x1, x0 + 1))
             inside[spot] = 1
             shares.append(seen[spot].mean() if seen[spot].size else 0.)
