@@ -6,7 +6,7 @@
 __all__ = ['Task', 'check_images', 'check_masks', 'check_rows', 'contained_ultralytics', 'DETECTORS', 'yolo_batch', 'Detector',
            'AnchorDetector', 'find_detector', 'SEGMENTERS', 'Segmenter', 'CITYSCAPES_CLASSES', 'DEEPLABS', 'DeepLab',
            'show_segmented', 'shared_classes', 'find_deeplab', 'Segmented', 'segment', 'painted_by', 'EspNet',
-           'find_espnet', 'Filled', 'filled_boxes']
+           'find_espnet', 'Filled', 'filled_boxes', 'load_reader']
 
 # %% ../../nbs/lib/17_tasks.ipynb #52789e48
 from .task import Task, check_images, check_masks, check_rows
@@ -16,7 +16,7 @@ from .segmenter import SEGMENTERS, Segmenter
 from caf_nb.tasks.deeplab import (
     CITYSCAPES_CLASSES, DEEPLABS, DeepLab,
     show_segmented, shared_classes, find_deeplab, Segmented, segment,
-    painted_by, EspNet, find_espnet, Filled, filled_boxes,
+    painted_by, EspNet, find_espnet, Filled, filled_boxes, load_reader,
 )
 
 # %% ../../nbs/lib/17_tasks.ipynb #142eda7b
@@ -24,5 +24,5 @@ _all_ = [
     "Task", "check_images", "check_masks", "check_rows", "contained_ultralytics", "DETECTORS", "yolo_batch",
     "Detector", "AnchorDetector", "find_detector", "SEGMENTERS", "Segmenter", "CITYSCAPES_CLASSES", "DEEPLABS",
     "DeepLab", "show_segmented", "shared_classes", "find_deeplab", "Segmented", "segment", "painted_by",
-    "EspNet", "find_espnet", "Filled", "filled_boxes",
+    "EspNet", "find_espnet", "Filled", "filled_boxes", "load_reader",
 ]
