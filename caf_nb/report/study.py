@@ -606,8 +606,9 @@ def _start_text(setup: Setup) -> str:
     if pretraining is None: return "published weights" if pretrained else "random initialisation"
     lengths = f"{pretraining.epochs} epochs of the detector, {pretraining.steps} steps of the segmenter"
     lengths += ", from the checkpoints of the package" * setup.profile.bundled
+    forms = "infrared, visible, maximum or weighted mean" if pretraining.blends else "infrared, visible or mean"
     return (f"a pretraining on {pretraining.data.train} scenes that nothing else sees ({lengths}), each shown as "
-            "infrared, visible or mean image in turn; it is one for all seeds and takes the place of COCO and ImageNet")
+            f"{forms} image in turn; it is one for all seeds and takes the place of COCO and ImageNet")
 
 # %% ../../nbs/lib/32_study.ipynb #f9a71897
 def protocol(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIMS) -> str: # Markdown
