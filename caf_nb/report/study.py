@@ -509,6 +509,7 @@ def plot_agreement(cells: Mapping[tuple[str, int], Cell], kind: str = "one step"
             ax.plot(x, y, ".", ms=2, color=_COLOURS[task])
         left.set(title=f"{task}: effect on the task loss", xlabel="one half of the seeds", ylabel="the other half")
         right.set(title=f"{task}: {kind}", xlabel="hypergradient", ylabel="effect on the task loss")
+        right.ticklabel_format(axis="x", scilimits=(-2, 2))
     return list(axes.flat)
 
 # %% ../../nbs/lib/32_study.ipynb #a24137cf
