@@ -269,6 +269,7 @@ def _sign(rng: Generator) -> list[_Part]:
 # %% ../nbs/lib/08_synth.ipynb #59bb5d96
 _FINE = 3           # canvas pixels a pixel
 _EQUILIBRIUM = 0    # byte of the temperature canvas
+_GAIN = 0.034       # of the infrared camera, a kelvin
 _LIGHTS = ("lantern", "headlight", "taillight")
 def _byte(kelvin: float) -> int: return min(max(round(88 + 8 * kelvin), 1), 255) # -10.9 to 20.9 K
 
@@ -455,7 +456,7 @@ def _fixed_pattern(seed: int, h: int, w: int) -> np.ndarray:
 def _infrared(rng: Generator, kelvin: np.ndarray, pattern: np.ndarray) -> np.ndarray:
     "The image of the thermal camera, (H,W) float32 in [0,1], from temperature and fixed pattern."
     h, w = kelvin.shape
-    image = cv2.GaussianBlur(0.33 + 0.034 * kelvin, (0, 0), 0.45 + 0.003 * min(h, w))
+    image = cv2.GaussianBlur(0.33 + _GAIN * kelvin, (0, 0), 0.45 + 0.003 * min(h, w))
     image += 0.012 * _smooth(rng, h, w, 3) + pattern + 0.009 * rng.standard_normal((h, w), np.float32)
     return np.clip(image, 0, 1)
 
@@ -517,9 +518,8 @@ def _visible(rng: Generator, view: _View, night: bool, colour: np.ndarray, glow:
     scene = cv2.GaussianBlur(scene, (0, 0), 0.3 + 0.001 * min(h, w))
     sigma = np.sqrt(3e-4 * scene + 2e-4 if not night else 1.2e-3 * scene + 2.5e-4)
     noise = sigma * rng.standard_normal((h, w, 3), np.float32)
-    if not poor: return np.clip(scene + noise, 0, 1)
-    gray = (scene @ _LUMA)[..., None] + (5 if night else 1) * noise[..., :1]
-    return np.clip(gray, 0, 1).repeat(3, axis=2)
+    if poor: scene, noise = (scene @ _LUMA)[..., None].repeat(3, axis=2), (5 if night else 1) * noise[..., :1]
+    return np.clip(scene + noise, 0, 1)
 
 # %% ../nbs/lib/08_synth.ipynb #183b655c
 class _Render(NamedTuple):
@@ -564,22 +564,25 @@ def _brightness(canvas: _Canvas) -> np.ndarray:
     return colour * 0.06 + glow if canvas.night else colour * 0.85
 
 # %% ../nbs/lib/08_synth.ipynb #5628b240
-def _negative(canvas: _Canvas, heat: np.ndarray, bright: np.ndarray, painted: np.ndarray) -> Image.Image:
-    "The heat before (`heat`), made colder where a thing is brighter than what was there: the mean of both stays."
-    ground = np.where(heat == _EQUILIBRIUM, _byte(1 if canvas.night else 2), heat).astype(np.float32)
-    change = 8 * (_brightness(canvas) - bright) / 0.034  # the infrared camera's gain, a kelvin
-    return Image.fromarray(np.where(painted, np.clip(ground - change, 1, 255), heat).astype(np.uint8))
+def _settled(heat: np.ndarray, night: bool) -> np.ndarray:
+    "The heat where nothing is in equilibrium any more: paint has the temperature of the road, 1 or 2 K."
+    return np.where(heat == _EQUILIBRIUM, _byte(1 if night else 2), heat)
+
+def _paint_negative(canvas: _Canvas, thing: _Thing, number: int):
+    "Paint a thing that is as much colder than what was there as it is brighter: the mean of both stays."
+    heat, bright = np.array(canvas.heat), _brightness(canvas)
+    canvas.paint(thing.parts, thing.s, thing.x, number)
+    cold = np.clip(_settled(heat, canvas.night).astype(np.float32) - 8 * (_brightness(canvas) - bright) / _GAIN, 1, 255)
+    canvas.heat.paste(Image.fromarray(np.where(np.asarray(canvas.ids) == number, cold, heat).astype(np.uint8)))
 
 def _paint(canvas: _Canvas, thing: _Thing, number: int, missed: str | None = None):
     "Paint a thing; a camera that misses it sees almost, the infrared one exactly, what was there before."
-    layers = [canvas.colour, canvas.glow] if missed == "vi" else []
-    before, lights, heat = [layer.copy() for layer in layers], len(canvas.lights), np.array(canvas.heat)
-    bright = _brightness(canvas) if missed == "mean" else None
+    if missed == "mean": return _paint_negative(canvas, thing, number)
+    layers = {"ir": [canvas.heat], "vi": [canvas.colour, canvas.glow]}.get(missed or "", [])
+    before, lights = [layer.copy() for layer in layers], len(canvas.lights)
     canvas.paint(thing.parts, thing.s, thing.x, number)
-    for layer, old in zip(layers, before): layer.paste(Image.blend(old, layer, 0.12))
+    for layer, old in zip(layers, before): layer.paste(Image.blend(old, layer, 0.12) if missed == "vi" else old)
     if missed == "vi": del canvas.lights[lights:]
-    if missed == "ir": canvas.heat.paste(Image.fromarray(heat))
-    if bright is not None: canvas.heat.paste(_negative(canvas, heat, bright, np.asarray(canvas.ids) == number))
 
 # %% ../nbs/lib/08_synth.ipynb #ec6f051c
 def _vent(rng: Generator) -> list[_Part]:
@@ -587,8 +590,7 @@ def _vent(rng: Generator) -> list[_Part]:
     half, height = rng.uniform(0.2, 0.6), rng.uniform(0.5, 1.7)
     return [_rect("skin", -half, half, 0, height), _disc("engine", 0, height, half)]
 
-def _decoys(view: _View, canvas: _Canvas, rng: Generator, things: Sequence[_Thing]
-) -> list[str | None]:
+def _decoys(view: _View, canvas: _Canvas, rng: Generator, things: Sequence[_Thing]) -> list[str | None]:
     "Paint what has no label, and say which picture misses which of the `things`."
     for camera, draw in (*[("ir", _person)] * 3, *[("vi", _vent)] * 3):
         _paint(canvas, _try(rng, view, "person")._replace(parts=draw(rng)), 0, camera)
@@ -615,8 +617,7 @@ def _render(i: int, h: int, w: int, seed: int, conflict: bool = False) -> _Rende
 
 def _kelvin(canvas: _Canvas, empty: np.ndarray) -> np.ndarray:
     "(H,W) temperature; things in equilibrium take that of the empty scenery, paint that of the road (1 or 2 K)."
-    empty = np.where(empty == _EQUILIBRIUM, _byte(1 if canvas.night else 2), empty)
-    heat = np.asarray(canvas.heat)
+    empty, heat = _settled(empty, canvas.night), np.asarray(canvas.heat)
     filled = Image.fromarray(np.where(heat == _EQUILIBRIUM, empty, heat).astype(np.uint8)).reduce(_FINE)
     return (np.asarray(filled, np.float32) - 88) / 8
 

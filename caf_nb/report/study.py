@@ -334,10 +334,10 @@ def _block_values(scores: pd.DataFrame, # of `_form_scores`, of one judge
     return list(whole.mean() + (len(change) - 1) * (change.mean() - change))
 
 # %% ../../nbs/lib/32_study.ipynb #b6daa1fe
-_COUNT = "mAP@.5", "mAP@.5:.95", "person filled", "bicycle filled", "car filled"
+_DECIDED = "mAP@.5", "mAP@.5:.95", "person filled", "bicycle filled", "car filled"
 
 def compare_forms(scores: pd.DataFrame,                             # of `_form_scores`
-                  metrics: Sequence[str] = _COUNT,
+                  metrics: Sequence[str] = _DECIDED,
 ) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `_decide`
     "CAF against every other form; a judge and a metric are a family. Equivalent: within a point."
     tables = []

@@ -897,16 +897,16 @@ class ReadForms(BaseModel):
     def run(self) -> dict[str, dict[str, Filled]]: # by FORM-STEM, then by class
         reader, found = EspNet(self.reader.file).to(device()), dict[str, dict[str, Filled]]()
         pictures = {form.method: form.pictures() for form in self.forms}
-        for scene, (name, picture) in product(self.data.whole("test"), pictures.items()):
-            shown = picture(self.data.name, "test", scene).float().expand(3, -1, -1)[None] / 255
-            large = torch.nn.functional.interpolate(shown, scale_factor=self.enlarge, mode="bilinear").clamp(0, 1)
-            labels = reader.predict(large.to(device()))[0].cpu()
-            found[f"{name}-{scene.stem}"] = filled_boxes(labels, scene.boxes, self.data.classes)
+        for scene in self.data.whole("test"):
+            for name, picture in pictures.items():
+                shown = picture(self.data.name, "test", scene).float().expand(3, -1, -1)[None] / 255
+                large = torch.nn.functional.interpolate(shown, scale_factor=self.enlarge, mode="bilinear").clamp(0, 1)
+                labels = reader.predict(large.to(device()))[0].cpu()
+                found[f"{name}-{scene.stem}"] = filled_boxes(labels, scene.boxes, self.data.classes)
         return found
 
     def scores(self) -> dict[str, float]:
-        """Percent by "FORM, CLASS filled" (mean share of a box) and "FORM, CLASS outside" (share of the label in no box),
-        and by "FORM, ..., without N" for each block N of the test scenes."""
+        """As of `JudgeForms`: "FORM, CLASS filled" (mean share of a box), "FORM, CLASS outside" (share in no box)."""
         found = self.run()
         def of(names):
             values = dict[str, float]()

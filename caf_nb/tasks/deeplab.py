@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..checkpoints import NUMPY_NAMES, load_tensors, read_tensors
 from ..core import CafError, optional, seeded
 from ..data import MFNET_CLASSES, Scene
-from .task import check_images, check_masks
+from .task import _ImageNetInput, check_images, check_masks
 
 # %% ../../nbs/lib/16_deeplab.ipynb #fc83ab24
 _CITYSCAPES: dict[str, tuple[int, int, int]] = { # class -> its colour, in the order of the class indices
@@ -118,14 +118,34 @@ def _model_of(state: Mapping[str, Tensor], file: str | Path | None) -> str: # on
                    "Give best_deeplabv3plus_mobilenet_cityscapes_os16.pth or the one of resnet101")
 
 # %% ../../nbs/lib/16_deeplab.ipynb #733e33d4
-class DeepLab(nn.Module):
+class Reader(_ImageNetInput):
+    "A network that names a class for every pixel."
+    classes: tuple[str, ...] # in the order of the class indices
+    provenance: str          # of its weights
+    net: nn.Module
+
+    def logits(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
+    ) -> Tensor:                     # (B,classes,H,W)
+        "What the network says of each pixel."
+        return cast(Tensor, self.net(self._normalised(images)))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, # RGB (B,3,H,W) in [0,1], any H and W
+    ) -> Tensor:                      # (B,H,W) int64 class index
+        "The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was."
+        check_images(images, len(images))
+        training = self.training
+        self.eval()
+        labels = self.logits(images).argmax(1)
+        self.train(training)
+        return labels
+
+class DeepLab(Reader):
     """DeepLabV3+ as a `Task`, with random initialisation unless `weights` is given: a local file, a public Cityscapes
     checkpoint (`best_deeplabv3plus_mobilenet_cityscapes_os16.pth` or the one of resnet101), read without executing code
     from it. Nothing is downloaded."""
 
     ignore = 255  # the label of pixels that do not count
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, weights: str | Path | None = None,            # local file, or None for random weights
                  # one of `DEEPLABS`; None: what the file is for, "mobilenet" without one
@@ -142,13 +162,6 @@ class DeepLab(nn.Module):
         with seeded(seed): self.net = _Network(self.model, len(self.classes))
         if state is not None: load_tensors(self.net, state, weights)
         self.provenance = f"random (seed {seed})" if weights is None else Path(weights).name
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
-
-    def logits(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
-    ) -> Tensor:                     # (B,classes,H,W)
-        "What the network says of each pixel."
-        return self.net((images - self.mean) / self.std)
 
     def loss(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
@@ -160,17 +173,6 @@ class DeepLab(nn.Module):
             raise CafError("the pooled branch of the ASPP is normalised over the batch, which holds one image",
                            remedy="Give at least two images, or call eval()")
         return F.cross_entropy(self.logits(images), targets.to(images.device), ignore_index=self.ignore)
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, # RGB (B,3,H,W) in [0,1], any H and W
-    ) -> Tensor:                      # (B,H,W) int64 class index
-        "The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was."
-        check_images(images, len(images))
-        training = self.training
-        self.eval()
-        labels = self.logits(images).argmax(1)
-        self.train(training)
-        return labels
 
 # %% ../../nbs/lib/16_deeplab.ipynb #a44f64af
 def _conv(inside: int, out: int, kernel: int = 1, groups: int = 1, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -187,6 +189,8 @@ def _cbr(inside: int, out: int, kernel: int = 1, groups: int = 1, stride: int = 
 
 def _cb(inside: int, out: int, groups: int = 1) -> _Named:
     return _Named(conv=_conv(inside, out, groups=groups), bn=nn.BatchNorm2d(out))
+
+def _shown(of: int) -> nn.Sequential: return nn.Sequential(nn.BatchNorm2d(of), nn.PReLU(of))
 
 # %% ../../nbs/lib/16_deeplab.ipynb #7a575d81
 class _Eesp(nn.Module):
@@ -247,13 +251,12 @@ class _Pyramid(nn.Module):
     def __init__(self, inside: int, out: int, last: bool = False):
         super().__init__()
         n, k = self.middle, len(self.scales)
-        def shown(of): return nn.BatchNorm2d(of), nn.PReLU(of)
-        self.projection_layer = _Named(cbr=nn.Sequential(_conv(inside, n), *shown(n)))
+        self.projection_layer = _Named(cbr=nn.Sequential(_conv(inside, n), *_shown(n)))
         self.stages = nn.ModuleList(_conv(n, n, 3, n) for _ in self.scales)
-        self.merge_layer = nn.Sequential(_Named(br=nn.Sequential(*shown(k * n))), nn.ChannelShuffle(k),
-                                         _Named(cbr=nn.Sequential(_conv(k * n, n, 3, n), *shown(n))),
+        self.merge_layer = nn.Sequential(_Named(br=_shown(k * n)), nn.ChannelShuffle(k),
+                                         _Named(cbr=nn.Sequential(_conv(k * n, n, 3, n), *_shown(n))),
                                          nn.Conv2d(n, out, 1, bias=last))
-        self.br = _Named() if last else _Named(br=nn.Sequential(*shown(out)))
+        self.br = _Named() if last else _Named(br=_shown(out))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.projection_layer(x)
@@ -271,8 +274,7 @@ class _Merge(nn.Module):
     def __init__(self, inside: int, out: int):
         super().__init__()
         self.wt_layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), _conv(inside, out), nn.Sigmoid())
-        self.expansion_layer = _Named(cbr=nn.Sequential(_conv(inside, out, 3, gcd(inside, out)), nn.BatchNorm2d(out),
-                                                        nn.PReLU(out)))
+        self.expansion_layer = _Named(cbr=nn.Sequential(_conv(inside, out, 3, gcd(inside, out)), *_shown(out)))
 
     def forward(self, x: Tensor) -> Tensor: return self.expansion_layer(x) * self.wt_layer(x)
 
@@ -286,7 +288,7 @@ class _EspNetwork(nn.Module):
         for i, (a, b) in enumerate(zip(wide, wide[1:]), 1): self.add_module(f"bu_dec_l{i}", _Pyramid(a, b, last=i == 4))
         for i, (a, b) in enumerate(zip((256, 128, 32), wide[1:]), 2):
             self.add_module(f"merge_enc_dec_l{i}", _Merge(a, b))
-            self.add_module(f"bu_br_l{i}", nn.Sequential(nn.BatchNorm2d(b), nn.PReLU(b)))
+            self.add_module(f"bu_br_l{i}", _shown(b))
 
     def forward(self, image: Tensor) -> Tensor:
         *sides, x = self.base_net(image)
@@ -298,13 +300,11 @@ class _EspNetwork(nn.Module):
         return _aligned(x, image.shape[-2:])
 
 # %% ../../nbs/lib/16_deeplab.ipynb #dc4f4f56
-class EspNet(nn.Module):
+class EspNet(Reader):
     """ESPNetv2 of width 2.0 as a reader of pictures, from a public Cityscapes checkpoint
     (`espnetv2_s_2.0_city_1024x512.pth`), read without executing code from it. Raises `CafError` on another file."""
 
     classes = (*CITYSCAPES_CLASSES, "void")
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, weights: str | Path | None = None, # None: random
     ):
@@ -312,23 +312,12 @@ class EspNet(nn.Module):
         self.provenance = "random" if weights is None else Path(weights).name
         with seeded(0): self.net = _EspNetwork(len(self.classes))
         if weights is not None: load_tensors(self.net, read_tensors(weights), weights)
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, # RGB (B,3,H,W) in [0,1], any H and W
-    ) -> Tensor:                      # (B,H,W) int64 class index
-        "The most likely class of every pixel, in evaluation mode."
-        check_images(images, len(images))
-        return cast(Tensor, self.net((images - self.mean) / self.std)).argmax(1)
-
-Reader = DeepLab | EspNet
 
 def find_espnet(root: str | Path, # folder of weights; "" for none
 ) -> Path | None:
     "A public checkpoint, root/tasks/espnetv2*city*."
-    return max((Path(root)/"tasks").glob("espnetv2*city*"), default=None) if str(root) else None
+    return max(Path(root).glob("tasks/espnetv2*city*"), default=None) if str(root) else None
 
 # %% ../../nbs/lib/16_deeplab.ipynb #bf078410
 _SEEN_AS = {"person": ("person", "rider"), "bicycle": ("bicycle", "motorcycle"), "car": ("car", "truck", "bus")}

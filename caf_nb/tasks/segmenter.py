@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checkpoints import finite, read_tensors
 from ..core import CafError, optional
 from ..data import Batch
-from .task import check_masks
+from .task import _ImageNetInput, check_masks
 
 # %% ../../nbs/lib/15_segmenter.ipynb #29458d39
 SEGMENTERS = {"tiny": dict(hidden_sizes=(16, 32, 48, 64), num_attention_heads=(1, 2, 3, 4), depths=(1, 1, 1, 1),
@@ -105,14 +105,12 @@ def _segmentation_network(model: str, classes: tuple[str, ...], weights: str | P
     return net.train(), folder.name + (f" ({'; '.join(notes)})" if notes else "")
 
 # %% ../../nbs/lib/15_segmenter.ipynb #d9e8cdde
-class Segmenter(nn.Module):
+class Segmenter(_ImageNetInput):
     """SegFormer as a `Task`. Without `weights` it starts from random ones drawn with `seed`.
     `weights` is a local folder that `save_pretrained` wrote. Nothing is downloaded."""
 
     ignore = 255  # the label of pixels that do not count
     net: Any      # of transformers
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, classes: Sequence[str],       # names, in the order of the class indices
                  model: str = "tiny",                # one of `SEGMENTERS`
@@ -122,8 +120,6 @@ class Segmenter(nn.Module):
         super().__init__()
         self.classes, self.model = tuple(classes), model
         self.net, self.provenance = _segmentation_network(model, self.classes, weights, seed)
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def loss(self, images: Tensor, # RGB (B,3,H,W) in [0,1]
              targets: Tensor,      # (B,H,W) int64 class index; 255: does not count
@@ -132,7 +128,7 @@ class Segmenter(nn.Module):
         check_masks(images, targets, self.classes, self.ignore)
         labelled = (targets != self.ignore).any()  # of one value, which is not asked for: a card would be waited for
         labels = torch.where(labelled, targets, 0).to(images.device)
-        return self.net(pixel_values=(images - self.mean) / self.std, labels=labels).loss * labelled.to(images.device)
+        return self.net(pixel_values=self._normalised(images), labels=labels).loss * labelled.to(images.device)
 
     def targets(self, batch: Batch) -> Tensor:
         "The class masks, which are what `loss` reads of a labelled batch."
@@ -144,7 +140,7 @@ class Segmenter(nn.Module):
         "The most likely class of every pixel. Works in evaluation mode and leaves the mode as it was."
         training = self.training
         self.eval()
-        logits = self.net(pixel_values=(images - self.mean) / self.std).logits
+        logits = self.net(pixel_values=self._normalised(images)).logits
         self.train(training)
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
 

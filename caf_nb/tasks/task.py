@@ -62,3 +62,16 @@ def check_rows(targets: Sequence[Tensor], classes: Sequence[str]) -> None:
     if wrong := [tuple(rows.shape) for rows in targets if rows.ndim != 2 or rows.shape[1] != 5]:
         raise CafError(f"boxes have shape {wrong[0]} instead of (n,5)", remedy="Give rows of class, cx, cy, w, h")
     if targets: _check_classes(torch.cat([rows[:, 0] for rows in targets]), classes)
+
+# %% ../../nbs/lib/12_task.ipynb #a2b9d37a
+class _ImageNetInput(nn.Module):
+    "A network whose images are normalised as ImageNet's are; neither number is part of its state."
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self):
+        super().__init__()
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def _normalised(self, images: Tensor) -> Tensor: return (images - self.mean) / self.std
