@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .core import CafError, UnknownName, device as find_device, tqdm
 from .data import PairFolder, read_image
+from .data.pictures import _opening
 
 # %% ../nbs/lib/09_metrics.ipynb #0dc9008c
 def _one_of(what: str, value: object, allowed: Sequence[object]) -> None:
@@ -551,7 +552,7 @@ def evaluate_fusion(ir: Images, # folder, or (B,C,H,W) float in [0,1] or uint8
         found = tqdm(pool.map(values_of, images.values()), "evaluate", len(images), unit="image", disable=not progress)
         for image, values in zip(images, found):
             if isinstance(values, CafError):
-                warnings.warn(f"{image}: not measured: {values}", stacklevel=2)
+                with _opening: warnings.warn(f"{image}: not measured: {values}", stacklevel=2) # else a reader may drop it
                 values = dict.fromkeys(metrics, [math.nan] * len(methods))
             rows += [(image, method, m, values[m][j]) for j, method in enumerate(methods) for m in metrics]
     return pd.DataFrame(rows, columns=["image", "method", "metric", "value"])
