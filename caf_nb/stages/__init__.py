@@ -851,6 +851,7 @@ class Judged(NamedTuple):
     matched: dict[str, Any]  # by FORM-STEM, see `matched_boxes`
     provenance: str
     seconds: float
+    checkpoint: Path         # of the judge
 
 class JudgeForms(BaseModel):
     "Fine-tune one detector on all forms of the training scenes, freeze it, and score each form of the test scenes."
@@ -865,10 +866,16 @@ class JudgeForms(BaseModel):
     @infra.apply
     def run(self) -> Judged:
         pictures, size = _folder(self.infra, "pictures"), self.data.settings.task_size or self.data.settings.size
-        for split in ("train", "test"): _write_forms(pictures, self.data, split, self.forms)
+        parts: list[Literal["train", "test"]] = ["test"] if is_frozen(self.settings) else ["train", "test"]
+        for split in parts: _write_forms(pictures, self.data, split, self.forms)
         judge = _task_network(self.data, self.settings, self.start, self.seed)
         result = _finetune(judge, pictures, self.settings, size, _folder(self.infra, "judge"), self.seed)
-        return Judged(matched_boxes(cast(Detector, judge), pictures, size), result.provenance, result.seconds)
+        found = matched_boxes(cast(Detector, judge), pictures, size)
+        return Judged(found, result.provenance, result.seconds, result.checkpoint)
+
+    def weights(self) -> Weights:
+        "The judge as the start of another stage."
+        return Weights(file=str(self.run().checkpoint), mark=f"judge {self.infra.uid()[-8:]}")
 
     def scores(self) -> dict[str, float]:
         """Percent by "FORM, METRIC" (AP of each class, mAP@.5:.95, mAP@.5), and by "FORM, METRIC, without N" for each
