@@ -233,7 +233,9 @@ _REHEARSAL = _PAPER.model_copy(update={
 
 _REAL = _PAPER.model_copy(update={
     "name": "real", "note": "real pairs, fused with the weights that the authors of each method published",
-    "data": DataSettings(source="published", size=320),
+    "data": DataSettings(source="published", size=320), "bundled": True,
+    "search": SearchSettings(epochs=1, batch_size=2, val_batch_size=8, lr_alpha=0.1, lr_fusion=1e-3, average_last=0.33),
+    "fusion": FusionSettings(epochs=5, batch_size=4, lr=1e-3, crop=64, schedule="cosine", ema=0.95),
     "detector": DetectorSettings(model="yolov5n", epochs=6, batch_size=8, nominal_batch=8, pretrained=True,
                                  recipe="auto"),
     "methods": ("ir", "vi", "mean", "didfuse", "sdnet", "reconet", "u2fusion", "tardal", "caf"), "seeds": (0, 1)})

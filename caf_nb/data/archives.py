@@ -128,6 +128,7 @@ def make_folds(published: Published, # all of it
                folds: int = 3,
                blocks: int = 24,     # of neighbouring names
                seed: int = 0,        # of the dealing
+               validate: bool = False, # whether the blocks of the next fold are val
 ) -> list[Split]:                    # the scene of a member is its block
     "One split a fold: its blocks are test, all others train. Raises `CafError` if that is not possible."
     stems = sorted((item.stem for item in published.items), key=natural_order)
@@ -136,9 +137,10 @@ def make_folds(published: Published, # all of it
         raise CafError(cause, published.root, "Ask for 2 folds at least, and no more than there are blocks")
     order = sorted(range(blocks), key=lambda n: hashlib.sha256(f"{seed} {n}".encode()).digest())
     block = {stem: n * blocks // len(stems) for n, stem in enumerate(stems)}
-    def part(stem, fold): return "test" if order.index(block[stem]) % folds == fold else "train"
-    return [Split(published.name, seed, (folds - 1, 0, 1), [Member(part(s, fold), block[s], s) for s in stems])
-            for fold in range(folds)]
+    parts = {0: "test"} | ({1: "val"} if validate else {})
+    def part(stem, fold): return parts.get((order.index(block[stem]) - fold) % folds, "train")
+    return [Split(published.name, seed, (folds - len(parts), int(validate), 1),
+                  [Member(part(s, fold), block[s], s) for s in stems]) for fold in range(folds)]
 
 # %% ../../nbs/lib/06_archives.ipynb #9c47041e
 class Block(NamedTuple):

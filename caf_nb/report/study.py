@@ -338,13 +338,14 @@ _DECIDED = "mAP@.5", "mAP@.5:.95", "person filled", "bicycle filled", "car fille
 
 def compare_forms(scores: pd.DataFrame,                             # of `_form_scores`
                   metrics: Sequence[str] = _DECIDED,
+                  row: str = "caf",
 ) -> pd.DataFrame: # columns claim (the judge), dataset, row, against, metric, margin, and those of `_decide`
-    "CAF against every other form; a judge and a metric are a family. Equivalent: within a point."
+    "A form against every other; a judge and a metric are a family. Equivalent: within a point."
     tables = []
     for (judge, metric), part in scores[scores.metric.isin(metrics)].groupby(["judge", "metric"], sort=False):
-        others = [form for form in in_order(part.form) if form != "caf"]
-        found = _decide({form: _block_values(part, "caf", form, metric) for form in others})
-        tables.append(found.assign(claim=judge, dataset="msrs_boxes", row="caf", metric=metric, margin=0.))
+        others = [form for form in in_order(part.form) if form != row]
+        found = _decide({form: _block_values(part, row, form, metric) for form in others})
+        tables.append(found.assign(claim=judge, dataset="msrs_boxes", row=row, metric=metric, margin=0.))
     return pd.concat(tables).rename_axis("against").reset_index()
 
 def compare_pictures(measured: pd.DataFrame, # columns dataset, convention, image, metric, and one per method
@@ -379,16 +380,22 @@ class RealPairs(NamedTuple):
     "The finished numbers of real.ipynb."
     measured: pd.DataFrame # for `compare_pictures`; figure7-SET-CONVENTION.csv
     scores: pd.DataFrame   # for `compare_forms`; cells/judge-NETWORK-FOLD-SEED.json
+    arms: pd.DataFrame     # likewise, of networks trained here; cells/arms-NETWORK-FOLD.json
+    searches: Found        # for `weights`; cells/search-ROW-FOLD.json
 
 def read_real(folder: str | Path) -> RealPairs:
     "What is in results/real, without anything being computed; empty frames where nothing is."
     frames = [pd.read_csv(file).assign(dataset=dataset, convention=convention)
               for file in sorted(Path(folder).glob("figure7-*.csv"))
               for _, dataset, convention in (file.stem.split("-", 2),)]
-    judged = {(judge, fold, seed): Cell.model_validate_json(file.read_text(encoding="utf-8"))
-              for file in sorted(Path(folder).glob("cells/judge-*.json"))
-              for _, judge, fold, seed in (file.stem.rsplit("-", 3),)}
-    return RealPairs(pd.concat(frames) if frames else pd.DataFrame(), _form_scores(judged))
+    def cells(kind: str) -> dict[tuple[str, ...], Cell]:
+        return {tuple(file.stem.split("-")): Cell.model_validate_json(file.read_text(encoding="utf-8"))
+                for file in sorted(Path(folder).glob(f"cells/{kind}-*.json"))}
+    judged = {(judge, fold, seed): cell for (_, judge, fold, seed), cell in cells("judge").items()}
+    arms = {(judge, fold, fold): cell for (_, judge, fold), cell in cells("arms").items()}
+    searched = {(kind, row, int(fold)): cell for (kind, row, fold), cell in cells("search").items()}
+    measured = pd.concat(frames) if frames else pd.DataFrame()
+    return RealPairs(measured, _form_scores(judged), _form_scores(arms), searched)
 
 # %% ../../nbs/lib/32_study.ipynb #a008f17b
 def _look_level(n: int,              # seeds that are there

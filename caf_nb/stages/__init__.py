@@ -7,7 +7,7 @@ __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'le
            'bundled_weights', 'source_in_turn', 'form_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search',
            'Weighted', 'Published', 'TermEffects', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint', 'Method',
            'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector',
-           'FinetuneSegmenter', 'Judged', 'JudgeForms', 'ReadForms', 'MeasureFusion']
+           'FinetuneSegmenter', 'Arm', 'Judged', 'JudgeForms', 'ReadForms', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
@@ -422,12 +422,15 @@ class Search(BaseModel):
 
     def scores(self) -> dict[str, float]:
         """The weight of each term; `cosine`, the mean similarity of successive hypergradients, each of its own batches;
-        the fusion loss with equal weights over the first and last eighth of the steps: has omega_f converged?"""
-        found = self.run()
+        the fusion loss with equal weights over the first and last eighth of the steps: has omega_f converged? With
+        `balance` also "TERM in its unit", the weight as it was searched."""
+        found, s = self.run(), self.settings
         level = found.history[[f"value_{name}" for name in TERMS]].mean(axis=1)
         few = max(len(level) // 8, 1)
         losses = {"loss_start": level.head(few).mean(), "loss_end": level.tail(few).mean()}
-        return found.beta | {"cosine": found.history.cosine.mean()} | losses
+        last = found.history[list(TERMS)].tail(max(1, round(s.average_last * len(found.history)))).mean()
+        own = {f"{name} in its unit": weight for name, weight in last.items()} if s.balance else {}
+        return found.beta | {"cosine": found.history.cosine.mean()} | losses | own
 
     def provenance(self) -> dict[str, str]: return _provenance(self, self.run().provenance)
 
@@ -820,9 +823,18 @@ class FinetuneSegmenter(_Finetuning):
         return _percent(dict(each) | {"mAcc": found.macc, "mIoU": found.miou})
 
 # %% ../../nbs/lib/29_stages.ipynb #9c58a84e
-_Form = Annotated[Method | Results, Field(discriminator="kind")]
+class Arm(BaseModel):
+    "A fusion network that is trained here."
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["arm"] = "arm"
+    method: str             # its name among the forms
+    model: TrainFusion
 
-def _write_forms(folder: Path, data: Data, split: Literal["train", "test"], forms: Sequence[Method | Results]) -> None:
+    def pictures(self) -> Picture: return self.model.pictures()
+
+_Form = Annotated[Method | Results | Arm, Field(discriminator="kind")]
+
+def _write_forms(folder: Path, data: Data, split: Literal["train", "test"], forms: Sequence[_Form]) -> None:
     "Every scene of a split in every form, as FORM-STEM."
     pictures = {form.method: form.pictures() for form in forms}
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
