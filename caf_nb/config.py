@@ -53,7 +53,9 @@ class SearchSettings(_Settings):
     decay_every: Literal["epoch", "step"] = "epoch" # step: each update of beta; the paper says neither
     warmup_task: int = Field(0, ge=0)        # first updates of omega_t alone; paper: COCO weights instead
     warmup_fusion: int = Field(0, ge=0)      # then updates of omega_f alone, with the weights of the start
-    kind: Literal["finite_difference", "exact", "neumann"] = "finite_difference"  # of the hypergradient
+    kind: Literal["finite_difference", "exact", "neumann", "gauss_newton"] = "finite_difference"  # of the hypergradient
+    unroll_steps: int | None = Field(None, ge=1) # kind exact only: steps on one batch; None: one, as in the paper
+    unrolled_by: Literal["gradient", "adam"] = "gradient" # adam: scaled like omega_f's own steps; the paper: gradient
     r: float | None = Field(None, gt=0)      # kind finite_difference only: its radius; the released code's is 0.01
     neumann_terms: int | None = Field(None, ge=1) # kind neumann only
     steps_per_beta: int = Field(1, ge=1)     # updates of omega_t and omega_f per update of beta
@@ -70,6 +72,9 @@ class SearchSettings(_Settings):
             raise ValueError("neumann_terms belongs to kind neumann, which needs it")
         if self.r is not None and self.kind != "finite_difference":
             raise ValueError("r belongs to kind finite_difference")
+        if self.unroll_steps is not None and self.kind != "exact": raise ValueError("unroll_steps belongs to kind exact")
+        if self.unrolled_by == "adam" and self.kind not in ("finite_difference", "exact"):
+            raise ValueError(f"kind {self.kind} has no step of Adam")
         return self
 
 # %% ../nbs/lib/01_config.ipynb #650e4ea6

@@ -26,7 +26,7 @@ from caf_nb.stages.sources import (
     Data, SPLITS, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights,
 )
 from caf_nb.stages import (
-    ByEffects, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
+    ByEffects, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
     Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
     is_frozen, parse_execution, weights_file,
 )
@@ -292,12 +292,18 @@ class Setup(_Trainings):
         splits = ("test",) if is_frozen(next(iter(self.task_network(task).values()))) else SPLITS
         return FuseDataset(data=self.data(dataset, task), model=self.model(task, row), splits=splits, infra=self.infra)
 
+    def _pilot(self, task: Task) -> dict[str, Any]:
+        return dict(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion,
+                    search=self.profile.search, vgg=self.vgg, start=self.start(task),
+                    fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra, **self.task_network(task))
+
     def effects(self, task: Task) -> TermEffects:
         "The stage that measures what each term does to a task."
-        return TermEffects(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion,
-                           search=self.profile.search, vgg=self.vgg, start=self.start(task),
-                           fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra,
-                           **self.task_network(task))
+        return TermEffects(**self._pilot(task))
+
+    def directions(self, task: Task) -> Directions:
+        "The stage that asks other hypergradients the same."
+        return Directions(**self._pilot(task))
 
     def score(self, dataset: str, row: str, task: Task | None = None) -> FinetuneDetector | FinetuneSegmenter:
         "The stage that scores a row on a data set, by default for its first task."

@@ -83,11 +83,15 @@ def logits(beta: Tensor, # (15,) positive weights that sum to 1, in the order of
     return beta.log() - beta.log().mean()
 
 # %% ../nbs/lib/21_search.ipynb #7d31a3d5
+def _denominator(adam: torch.optim.Adam, param: Tensor) -> Tensor:
+    "What Adam divided by in its last step; 1 before its first."
+    group, state = adam.param_groups[0], adam.state[param]
+    if not state: return torch.ones_like(param)
+    return (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt() + group["eps"]
+
 def _epsilon_share(adam: torch.optim.Adam, param: Tensor) -> float:
     "The mean share of epsilon in the denominator of Adam's last step: 0: scale-free, 1: plain gradient descent."
-    group, state = adam.param_groups[0], adam.state[param]
-    root = (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt()
-    return (group["eps"] / (root + group["eps"])).mean().item()
+    return (adam.param_groups[0]["eps"] / _denominator(adam, param)).mean().item()
 
 # %% ../nbs/lib/21_search.ipynb #ff2ce9c2
 class _Players:
@@ -156,9 +160,11 @@ def _update_beta(p: _Players, targets: Targets, batch: Batch) -> dict[str, float
     trained = [w for w in p.net.parameters() if w.requires_grad]
     known = s.order == "beta_first" and s.kind != "exact"  # of omega_f as it is
     gradient = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained] if known else None
+    scale = [1 / _denominator(p.by_fusion, w) for w in trained] if s.unrolled_by == "adam" else None
     with _buffers_kept(p.task):
         found = hypergradient(p.net, p.space, p.alpha, (targets.ir, targets.vi), val_loss,
-                              p.by_fusion.param_groups[0]["lr"], s.kind, targets, gradient, s.r, s.neumann_terms)
+                              p.by_fusion.param_groups[0]["lr"], s.kind, targets, gradient, s.r, s.neumann_terms,
+                              s.unroll_steps, scale)
     norm = found.norm()
     check_finite(norm, "the hypergradient", len(p.rows))
     cosine = torch.cosine_similarity(found, p.last, dim=0, eps=0).item()  # nan at the first step

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -439,12 +439,14 @@ def measure_effects(setup: Setup,                    # of any seed
                     folder: str | Path,              # of the cells
                     run: bool = True,                # False: those that are finished
 ) -> dict[tuple[str, int], Cell]:                    # by task and seed
-    "What each term does to each task, of every seed."
-    stages = {(str(task), seed): setup.model_copy(update={"seed": seed}).effects(task)
-              for seed in seeds for task in setup.tasks}
-    get = cell if run else read_cell
-    found = {key: get(stage, cell_file(folder, "effects", *key)) for key, stage in stages.items()}
-    return {key: value for key, value in found.items() if value}
+    "What each term does to each task, of every seed, and what hypergradients say of it."
+    get, found = cell if run else read_cell, dict[tuple[str, int], Cell]()
+    for seed, task in product(seeds, setup.tasks):
+        here = setup.model_copy(update={"seed": seed})
+        effects = get(here.effects(task), cell_file(folder, "effects", task, seed))
+        others = get(here.directions(task), cell_file(folder, "directions", task, seed))
+        if effects: found[task, seed] = _joined(effects, others)
+    return found
 
 # %% ../../nbs/lib/32_study.ipynb #2884447b
 HEAD_ROOM = (
@@ -477,6 +479,10 @@ def head_room(found: Found, # of `HEAD_ROOM`
 def _effects(cells: Mapping[tuple[str, int], Cell], task: str, kind: str) -> pd.DataFrame: # a row a seed
     rows = {seed: [cell.scores[f"{kind}, {name}"] for name in TERMS] for (t, seed), cell in cells.items() if t == task}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(TERMS))
+
+def _joined(effects: Cell, others: Cell | None) -> Cell:
+    "The numbers of both."
+    return effects.model_copy(update={"values": effects.values | (others.values if others else {})})
 
 def _kinds(cells: Mapping[tuple[str, int], Cell]) -> list[str]: # of hypergradient
     names = dict.fromkeys(n.rpartition(", ")[0] for c in cells.values() for n in c.scores)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Picture', 'Start', 'CheckedInfra', 'parse_execution', 'compute', 'levels', 'PretrainedWeights', 'Weights',
            'bundled_weights', 'source_in_turn', 'form_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search',
-           'Weighted', 'Published', 'TermEffects', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint', 'Method',
-           'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector',
+           'Weighted', 'Published', 'TermEffects', 'Directions', 'ByEffects', 'Trained', 'TrainFusion', 'TrainJoint',
+           'Method', 'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset', 'FinetuneDetector',
            'FinetuneSegmenter', 'Arm', 'Judged', 'JudgeForms', 'ReadForms', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ..checkpoints import checksums, identify
 from ..config import DetectorSettings, FusionSettings, SearchSettings, SegmenterSettings
 from ..core import CafError, device, printable, replacing, seeded
-from ..data import Scene, collate, luma, read_image, read_split, recolor_uint8, to_uint8
+from ..data import Batch, Scene, collate, luma, read_image, read_split, recolor_uint8, to_uint8
 from ..fusion import bundled, find_weights, fuse, load_fusion
 from ..losses import LossSpace, TERMS, Variant
 from ..metrics import measure
@@ -470,8 +470,8 @@ class Published(BaseModel):
         raise CafError(f"method {network!r} has no published recipe", remedy="Give it a searched or a weighted loss")
 
 # %% ../../nbs/lib/29_stages.ipynb #0c9c9410
-class TermEffects(BaseModel):
-    "What pushing one term does to a frozen task network after a training, and what hypergradients say of it."
+class _Pilot(BaseModel):
+    "What the stages before a study share."
     model_config = ConfigDict(extra="forbid")
     data: Data                                       # labelled, of the task network
     training: Data                                   # of the fusion network; any task's
@@ -486,27 +486,19 @@ class TermEffects(BaseModel):
     push: float = 1.2                                # of a logit
     batches: int = 8                                 # of the hypergradients
     seed: int = 0
-    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    def run(self) -> pd.DataFrame: raise NotImplementedError # index kind, batch; a column per term
+
+    def judge(self) -> Any:
+        "The frozen task network."
+        return _task_network(self.data, _only_one(self.detector, self.segmenter), self.start, self.seed).to(device())
 
     def trained(self, term: str = "", sign: int = 1) -> "TrainFusion":
         "The training with equal weights, or with one pushed up (1) or down (-1)."
-        alpha = torch.tensor([sign * self.push * (name == term) for name in TERMS])
+        alpha, infra = torch.tensor([sign * self.push * (name == term) for name in TERMS]), cast(Any, self).infra
         return TrainFusion(data=self.training, loss=Weighted(beta=tuple(alpha.softmax(0).tolist()), vgg=self.vgg),
                            settings=self.settings, network=self.network, fusion_start=self.fusion_start,
-                           seed=self.seed, infra={"folder": self.infra.folder})
-
-    @infra.apply
-    def run(self) -> pd.DataFrame: # index kind, batch (0 of "effect" and "curvature"); a column per term
-        settings, where = _only_one(self.detector, self.segmenter), device()
-        task: Any = _task_network(self.data, settings, self.start, self.seed).to(where)
-        test = in_memory(self.data.split("test"))
-        def loss(*push): return _mean_loss(task, self.trained(*push).fusion(), test, where)
-        pushed, equal = torch.tensor([[loss(term, sign) for term in TERMS] for sign in (1, -1)]), loss()
-        rows = {("effect", 0): ((pushed[0] - pushed[1]) / 2).tolist(),
-                ("curvature", 0): (pushed.mean(0) - equal).tolist()}
-        for key, found in _hypergradients(self, task, where): rows[key] = found.tolist()
-        index = pd.MultiIndex.from_tuples(rows, names=["kind", "batch"])
-        return pd.DataFrame(list(rows.values()), index, list(TERMS))
+                           seed=self.seed, infra={"folder": infra.folder})
 
     def scores(self) -> dict[str, float]:
         "By \"KIND, TERM\": the mean over the batches; by \"KIND, cosine\": the mean cosine between two batches."
@@ -519,9 +511,35 @@ class TermEffects(BaseModel):
         return values
 
     def provenance(self) -> dict[str, str]:
-        trained = f"{2 * len(TERMS) + 1} of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
-        about = {"trainings": trained, "judge": "frozen"}
-        return _provenance(self, about)
+        about = f"of {self.network} from {_initial(self)}, {self.settings.epochs} epochs"
+        return _provenance(self, {"trainings": about, "judge": "frozen"})
+
+def _by_kind(rows: dict[tuple[str, int], list[float]]) -> pd.DataFrame:
+    index = pd.MultiIndex.from_tuples(rows, names=["kind", "batch"])
+    return pd.DataFrame(list(rows.values()), index, list(TERMS))
+
+# %% ../../nbs/lib/29_stages.ipynb #9a2f61a7
+class TermEffects(_Pilot):
+    "What pushing one term does to a frozen task network after a training, and what hypergradients say of it."
+    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    @infra.apply
+    def run(self) -> pd.DataFrame: # kinds "effect", "curvature" (of batch 0), and those of `_KINDS`
+        task, test, where = self.judge(), in_memory(self.data.split("test")), device()
+        def loss(*push): return _mean_loss(task, self.trained(*push).fusion(), test, where)
+        pushed, equal = torch.tensor([[loss(term, sign) for term in TERMS] for sign in (1, -1)]), loss()
+        rows = {("effect", 0): ((pushed[0] - pushed[1]) / 2).tolist(),
+                ("curvature", 0): (pushed.mean(0) - equal).tolist()}
+        return _by_kind(rows | _hypergradients(self, task, _KINDS))
+
+class Directions(_Pilot):
+    "What hypergradients that the paper does not have say, without the trainings that measure effects."
+    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    @infra.apply
+    def run(self) -> pd.DataFrame: # kinds of `_OTHERS`, and "Adam's step"
+        kinds = _OTHERS | {"Adam's step": {"kind": "exact", "scale": _adams_scale(self)}}
+        return _by_kind(_hypergradients(self, self.judge(), kinds))
 
 # %% ../../nbs/lib/29_stages.ipynb #c84456be
 class ByEffects(BaseModel):
@@ -942,8 +960,10 @@ class ReadForms(BaseModel):
         return _provenance(self, {"judge": f"ESPNetv2 with {identify(Path(self.reader.file))}, as published"})
 
 # %% ../../nbs/lib/29_stages.ipynb #41aac086
-_KINDS: dict[str, dict[str, Any]] = { # of the hypergradient, as `TermEffects` tries them
+_Kinds = dict[str, dict[str, Any]] # arguments of `hypergradient` by title
+_KINDS: _Kinds = {
     "one step": {"kind": "exact"}, "finite difference": {}, "Neumann, 4 terms": {"kind": "neumann", "neumann_terms": 4}}
+_OTHERS: _Kinds = {"5 unrolled steps": {"kind": "exact", "unroll_steps": 5}, "Gauss-Newton": {"kind": "gauss_newton"}}
 
 @torch.no_grad()
 def _mean_loss(task: Any, net: nn.Module, scenes: Sequence[Scene], where: torch.device, size: int = 16) -> float:
@@ -953,17 +973,35 @@ def _mean_loss(task: Any, net: nn.Module, scenes: Sequence[Scene], where: torch.
     return sum(found) / len(scenes)
 
 # %% ../../nbs/lib/29_stages.ipynb #71abdff3
-def _hypergradients(stage: TermEffects, task: Any, where: torch.device) -> Iterator[tuple[tuple[str, int], Tensor]]:
-    "(kind, batch) and the hypergradient at equal weights, of the network that was trained with them."
-    net, space = stage.trained().fusion().train(), LossSpace("paper", vgg_of(stage)).to(where)
-    alpha, train, val = torch.zeros(len(TERMS), device=where), stage.training.split("train"), stage.data.split("val")
-    sizes = stage.search.batch_size, stage.search.val_batch_size or stage.search.batch_size
-    for n in range(stage.batches):
-        seen, judged = (collate([scenes[(n * size + i) % len(scenes)] for i in range(size)]).to(where)
-                        for scenes, size in zip((train, val), sizes))
-        for kind, more in _KINDS.items():
-            yield (kind, n), hypergradient(net, space, alpha, (seen.ir, luma(seen.vi)),
-                                           lambda fuse: task_loss(task, fuse, judged), stage.search.lr_fusion, **more)
+def _at_equal_weights(stage: _Pilot) -> tuple[nn.Module, LossSpace, Tensor]: # network, loss, alpha
+    return (stage.trained().fusion().train(), LossSpace("paper", vgg_of(stage)).to(device()),
+            torch.zeros(len(TERMS), device=device()))
+
+def _batches(scenes: Sequence[Scene], size: int, n: int) -> Iterator[Batch]:
+    for k in range(n): yield collate([scenes[(k * size + i) % len(scenes)] for i in range(size)]).to(device())
+
+def _hypergradients(stage: _Pilot, task: Any, kinds: _Kinds) -> dict[tuple[str, int], list[float]]: # by kind and batch
+    "The hypergradients at equal weights, of the network that was trained with them."
+    (net, space, alpha), s, found = _at_equal_weights(stage), stage.search, dict[tuple[str, int], list[float]]()
+    seen = _batches(stage.training.split("train"), s.batch_size, stage.batches)
+    judged = _batches(stage.data.split("val"), s.val_batch_size or s.batch_size, stage.batches)
+    for n, (batch, val) in enumerate(zip(seen, judged)):
+        def val_loss(fuse, val=val): return task_loss(task, fuse, val)
+        for kind, more in kinds.items():
+            pair = batch.ir, luma(batch.vi)
+            found[kind, n] = hypergradient(net, space, alpha, pair, val_loss, s.lr_fusion, **more).tolist()
+    return found
+
+def _adams_scale(stage: _Pilot, epsilon: float = 1e-8) -> list[Tensor]:
+    "What Adam multiplies a gradient by: one over the root of its second moment, here a mean over the batches."
+    net, space, alpha = _at_equal_weights(stage)
+    trained = [w for w in net.parameters() if w.requires_grad]
+    squares = [torch.zeros_like(w) for w in trained]
+    for batch in _batches(stage.training.split("train"), stage.search.batch_size, stage.batches):
+        vi = luma(batch.vi)
+        loss = space(net(batch.ir, vi), batch.ir, vi, alpha.softmax(0))
+        for total, g in zip(squares, torch.autograd.grad(loss, trained)): total += g.square() / stage.batches
+    return [1 / (square.sqrt() + epsilon) for square in squares]
 
 # %% ../../nbs/lib/29_stages.ipynb #0806e166
 class MeasureFusion(BaseModel):
