@@ -308,7 +308,17 @@ class Setup(_Trainings):
     def score(self, dataset: str, row: str, task: Task | None = None) -> FinetuneDetector | FinetuneSegmenter:
         "The stage that scores a row on a data set, by default for its first task."
         task = task or self.task(dataset)
-        fused = self.fused(dataset, row, task)
+        return self.judged(self.fused(dataset, row, task), task)
+
+    def crossed(self, task: Task, search: int, fusion: int, test: int) -> FinetuneDetector | FinetuneSegmenter:
+        "CAF with the loss of one seed, the training of the fusion network of a second, and the test scenes of a third."
+        searching, training, testing = (self.model_copy(update={"seed": seed}) for seed in (search, fusion, test))
+        model = training.train(task, searching.search(task))
+        fused = FuseDataset(data=testing.home(task), model=model, splits=("test",), infra=self.infra)
+        return testing.judged(fused, task)
+
+    def judged(self, fused: FuseDataset, task: Task) -> FinetuneDetector | FinetuneSegmenter:
+        "The stage that scores fused pictures for a task."
         given: Any = {"fused": fused, "start": self.start(task), "seed": self.seed, "infra": self.infra}
         if task == "detection": return FinetuneDetector(settings=self.profile.detector, **given)
         return FinetuneSegmenter(settings=self.profile.segmenter, **given)

@@ -7,11 +7,12 @@ __all__ = ['METRIC', 'CLAIMS', 'CONTROLS', 'Found', 'HEAD_ROOM', 'REMEDIES', 'Co
            'study_stages', 'finished', 'run_study', 'Effect', 'effect', 'verdict', 'compare_rows', 'judge_claims',
            'seeds_needed', 'what_is_excluded', 'compare_forms', 'compare_pictures', 'leads', 'effects_table',
            'RealPairs', 'read_real', 'decide_rows', 'measure_effects', 'head_room', 'agreement', 'plot_agreement',
-           'gates_text', 'weights', 'task_distance', 'preferences', 'follow_effects', 'diagnose', 'protocol',
-           'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
+           'gates_text', 'crossed_scores', 'scatter_of', 'weights', 'task_distance', 'preferences', 'follow_effects',
+           'diagnose', 'protocol', 'modalities_text', 'verdicts_text', 'plot_effects', 'plot_weights', 'plot_rows']
 
 # %% ../../nbs/lib/32_study.ipynb #849723ec
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -540,6 +541,37 @@ def gates_text(room: pd.DataFrame,  # of `head_room`
                   f"Gate 3, {task}: {told(slope > halves)}. The hypergradient ranks the terms as the effects do: "
                   f"{slope:.2f}."]
     return "\n".join(f"- {line}" for line in lines)
+
+# %% ../../nbs/lib/32_study.ipynb #c28c7765
+def crossed_scores(setup: Setup,             # of any seed, with frozen judges
+                   searches: Sequence[int],  # seeds
+                   fusions: Sequence[int],
+                   tests: Sequence[int],
+                   folder: str | Path,       # of the cells
+                   run: bool = True,         # False: those that are finished
+) -> pd.DataFrame:                           # columns task, search, fusion, test, value
+    "CAF's score for every combination of seeds."
+    rows, get = [], cell if run else read_cell
+    for task, *seeds in product(setup.tasks, searches, fusions, tests):
+        name = f"{task}-{seeds[0]}-{seeds[1]}"
+        found = get(setup.crossed(task, *seeds), cell_file(folder, "crossed", name, seeds[2]))
+        if found: rows.append((task, *seeds, found.scores[_PRIMARY[next(d for d, t in _TASK.items() if t == task)]]))
+    return pd.DataFrame(rows, columns=["task", "search", "fusion", "test", "value"])
+
+def scatter_of(scores: pd.DataFrame, # of `crossed_scores`
+) -> pd.DataFrame:                   # index task; a column for each source
+    "The standard deviation that each source adds, in points."
+    mixedlm = optional("statsmodels.formula.api", "notebooks").mixedlm
+    sources = {"search": "0 + C(search)", "fusion": "0 + C(search):C(fusion)", "test": "0 + C(test)"}
+    rows = {}
+    for task, part in scores.groupby("task", sort=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a component of 0 lies on the boundary
+            fit = mixedlm("value ~ 1", part, groups=np.ones(len(part)), vc_formula=sources,
+                          re_formula="0").fit(method="powell", maxiter=400)  # the default stops short
+        if not fit.converged: raise CafError(f"no mixed model fits the scores of {task}", remedy="Give more seeds")
+        rows[task] = {name: math.sqrt(x) for name, x in zip(fit.model.exog_vc.names, fit.vcomp)} | {"rest": math.sqrt(fit.scale)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
 
 # %% ../../nbs/lib/32_study.ipynb #cd590496
 def weights(found: Found) -> pd.DataFrame:
