@@ -72,7 +72,8 @@ class SearchSettings(_Settings):
             raise ValueError("neumann_terms belongs to kind neumann, which needs it")
         if self.r is not None and self.kind != "finite_difference":
             raise ValueError("r belongs to kind finite_difference")
-        if self.unroll_steps is not None and self.kind != "exact": raise ValueError("unroll_steps belongs to kind exact")
+        if self.unroll_steps is not None and self.kind != "exact":
+            raise ValueError("unroll_steps belongs to kind exact")
         if self.unrolled_by == "adam" and self.kind not in ("finite_difference", "exact"):
             raise ValueError(f"kind {self.kind} has no step of Adam")
         return self

@@ -552,7 +552,7 @@ def evaluate_fusion(ir: Images, # folder, or (B,C,H,W) float in [0,1] or uint8
         found = tqdm(pool.map(values_of, images.values()), "evaluate", len(images), unit="image", disable=not progress)
         for image, values in zip(images, found):
             if isinstance(values, CafError):
-                with _opening: warnings.warn(f"{image}: not measured: {values}", stacklevel=2) # else a reader may drop it
+                with _opening: warnings.warn(f"{image}: not measured: {values}", stacklevel=2) # or a reader drops it
                 values = dict.fromkeys(metrics, [math.nan] * len(methods))
             rows += [(image, method, m, values[m][j]) for j, method in enumerate(methods) for m in metrics]
     return pd.DataFrame(rows, columns=["image", "method", "metric", "value"])

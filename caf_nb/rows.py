@@ -26,7 +26,8 @@ from caf_nb.stages.sources import (
     Data, SPLITS, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights,
 )
 from caf_nb.stages import (
-    ByEffects, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published, Results,
+    ByEffects, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published,
+    Results,
     Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
     is_frozen, parse_execution, weights_file,
 )

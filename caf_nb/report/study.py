@@ -570,7 +570,7 @@ def scatter_of(scores: pd.DataFrame, # of `crossed_scores`
             fit = mixedlm("value ~ 1", part, groups=np.ones(len(part)), vc_formula=sources,
                           re_formula="0").fit(method="powell", maxiter=400)  # the default stops short
         if not fit.converged: raise CafError(f"no mixed model fits the scores of {task}", remedy="Give more seeds")
-        rows[task] = {name: math.sqrt(x) for name, x in zip(fit.model.exog_vc.names, fit.vcomp)} | {"rest": math.sqrt(fit.scale)}
+        rows[task] = dict(zip(fit.model.exog_vc.names, np.sqrt(fit.vcomp))) | {"rest": math.sqrt(fit.scale)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
 
 # %% ../../nbs/lib/32_study.ipynb #cd590496
