@@ -31,7 +31,7 @@ from ..core import CafError, optional, tqdm
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
 from caf_nb.rows import (
-    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady, warm,
+    Cell, ROWS, Setup, Task, by_adam, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady, warm,
 )
 from ..stages import Search, is_frozen
 
@@ -109,7 +109,8 @@ def searches(setup: Setup, claims: Sequence[Claim] = CLAIMS) -> dict[str, Search
     plain = tasks if {"caf", "caf_swapped", "caf_joint", "caf_whole"} & {row for _, row in needed(claims)} else []
     return ({str(task): setup.search(task) for task in plain}
             | {f"{task}_steady": steady(setup).search(task) for task in of("caf_steady")}
-            | {f"{task}_warm": warm(setup).search(task) for task in of("caf_warm")})
+            | {f"{task}_warm": warm(setup).search(task) for task in of("caf_warm")}
+            | {f"{task}_adam": by_adam(setup).search(task) for task in of("caf_adam")})
 
 # %% ../../nbs/lib/32_study.ipynb #e4a442ec
 def _stages(setup: Setup, claims: Sequence[Claim]) -> dict[tuple[str, str], Any]:
@@ -456,6 +457,8 @@ HEAD_ROOM = (
 REMEDIES = (
     Claim("Warm-up", "Searched from a trained fusion network, the loss beats average weights and the plain search.",
           _compared([("caf_warm", row) for row in ("caf_a", "caf")])),
+    Claim("Adam's step", "Searched by Adam's unrolled step, the loss beats average weights and the warmed-up search.",
+          _compared([("caf_adam", row) for row in ("caf_a", "caf_warm")], "m3fd")),
     Claim("Black box", "Weights that follow the measured effects of the terms beat average weights and the search.",
           _compared([("caf_effects", row) for row in ("caf_a", "caf")])),
 )
@@ -613,12 +616,13 @@ def preferences(betas: pd.DataFrame, # of `weights`
 # %% ../../nbs/lib/32_study.ipynb #d90ed987
 def follow_effects(betas: pd.DataFrame,                      # of `weights`
                    effects: Mapping[tuple[str, int], Cell],  # of `measure_effects`
-) -> dict[str, float]:                                       # by task
+) -> dict[str, float]:                                       # by search
     "Rank correlation of the mean searched weights with what the terms do for the task."
     from scipy.stats import spearmanr
 
-    tasks = [task for task in betas.index.unique("task") if any(task == t for t, _ in effects)]
-    return {task: spearmanr(betas.loc[task].mean(), -_effects(effects, task, "effect").mean())[0] for task in tasks}
+    measured = {task: -_effects(effects, task, "effect").mean() for task, _ in effects}
+    return {name: spearmanr(betas.loc[name].mean(), measured[task])[0] for name in betas.index.unique("task")
+            if (task := name.partition("_")[0]) in measured}
 
 # %% ../../nbs/lib/32_study.ipynb #09ae9075
 def diagnose(found: Found) -> pd.DataFrame: # index question; one column per search
