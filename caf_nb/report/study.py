@@ -31,7 +31,8 @@ from ..core import CafError, optional, tqdm
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
 from caf_nb.rows import (
-    Cell, ROWS, Setup, Task, by_adam, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady, warm,
+    Cell, ROWS, Setup, Task, by_adam, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady,
+    warm,
 )
 from ..stages import Search, is_frozen
 
