@@ -11,7 +11,7 @@ from caf_nb.data import read_image, write_png
 from caf_nb.report import compare, show_table
 from caf_nb.stages.sources import Data
 from caf_nb.report.study import (
-    CLAIMS, CONTROLS, HEAD_ROOM, REMEDIES, agreement, compare_forms, compare_pictures, decide_rows, finished, head_room, measure_effects, read_real,
+    CLAIMS, CONTROLS, HEAD_ROOM, REMEDIES, agreement, compare_forms, compare_pictures, crossed_scores, decide_rows, finished, head_room, measure_effects, read_real,
 )
 from caf_nb.rows import Setup, cell_file, cells, read_cell, scores, table1, table2, table3
 from cells import run_cells
@@ -73,7 +73,10 @@ def test_decisions_follow_from_their_cells():
     seeds = sorted({int(path.stem.rpartition("-")[2]) for path in folder.glob("cells/m3fd-caf-*.json")})
     found, effects = finished(setup, seeds, folder / "cells", asked), measure_effects(setup, frozen.pilot, folder / "cells", run=False)
     tried, room = finished(setup, seeds, folder / "cells", REMEDIES), finished(setup, frozen.pilot, folder / "cells", HEAD_ROOM)
-    names = {cell_file(folder, *key).name for key in found | tried | room} | {f"effects-{task}-{seed}.json" for task, seed in effects}
+    crossed = crossed_scores(setup, frozen.seeds[:4], frozen.pilot[:2], frozen.pilot[:2], folder / "cells", run=False)
+    names = {cell_file(folder, *key).name for key in found | tried | room}
+    names |= {f"{kind}-{task}-{seed}.json" for kind in ("effects", "directions") for task, seed in effects}
+    names |= {f"crossed-{r.task}-{r.search}-{r.fusion}-{r.test}.json" for r in crossed.itertuples()}
     assert names == {path.name for path in folder.glob("cells/*.json")}
     for name, made in (("claims", decide_rows(found, asked, frozen.looks)), ("gates", agreement(effects).reset_index())):
         pd.testing.assert_frame_equal(made, pd.read_csv(folder / f"{name}.csv"), check_dtype=False, atol=1e-9)
