@@ -42,12 +42,13 @@ def test_decisions_in_results():
     "What the section Results says of profile frozen is what results/frozen holds."
     section, folder = README.split("## Results")[1].split("\n## ")[0], ROOT / "results/frozen"
     claims, controls = (pd.read_csv(folder / f"{name}.csv").set_index(["claim", "against", "metric"]) for name in ("claims", "controls"))
-    for table, key in ((claims, ("C1", "caf_a", "mAP@.5:.95")), (claims, ("C2", "caf_a", "mIoU")), (controls, ("Warm-up", "caf_a", "mIoU"))):
+    for table, key in ((claims, ("C1", "caf_a", "mAP@.5:.95")), (claims, ("C2", "caf_a", "mIoU")), (controls, ("Warm-up", "caf_a", "mIoU")), (controls, ("Adam's step", "caf_a", "mAP@.5:.95"))):
         row = table.loc[key]
         assert f"{row.effect:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" in section
     gates = pd.read_csv(folder / "gates.csv").set_index("task")
     for column, text in (("between halves of the seeds", "{:.2f} for detection, {:.2f} for segmentation"), ("one step: with the effects", "({:.2f}, {:.2f})")):
         assert text.format(*gates[column][["detection", "segmentation"]]) in section
+    assert "that of detection does ({:.2f})".format(gates.loc["detection", "Adam's step: with the effects"]) in section
     for room in pd.DataFrame(json.loads((folder / "gates.json").read_text(encoding="utf-8"))["head-room"]).itertuples():
         assert f"{room[4]:+.1f} [{room.low:+.1f}, {room.high:+.1f}]" in section
     warm = controls.loc["Warm-up"].verdict
