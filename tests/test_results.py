@@ -85,7 +85,8 @@ def test_decisions_follow_from_their_cells():
 
 def test_tables_of_real_pairs_follow_from_their_cells():
     real = read_real(ROOT / "results/real")
-    for name, made in (("figure7", compare_pictures(real.measured)), ("table1", compare_forms(real.scores))):
+    searched = pd.concat([compare_forms(real.arms, row=row) for row in ("caf_p", "caf_balanced")])
+    for name, made in (("figure7", compare_pictures(real.measured)), ("table1", compare_forms(real.scores)), ("search", searched.reset_index(drop=True))):
         written = pd.read_csv(ROOT / f"results/real/{name}.csv")
         pd.testing.assert_frame_equal(made, written, check_dtype=False, atol=1e-9)
 
@@ -101,6 +102,9 @@ def test_readme_tells_the_verdicts_on_real_pairs():
     for key in (*(("mAP@.5", against) for against in ("tardal", "sdnet", "mean")), ("person filled", "sdnet"), ("car filled", "didfuse")):
         c = judged.loc[key]
         assert f"{c.effect:+.1f} [{c.low:+.1f}, {c.high:+.1f}]" in readme
+    searched = pd.read_csv(ROOT / "results/real/search.csv").set_index(["row", "metric", "against"])
+    c = searched.loc["caf_p", "mAP@.5:.95", "caf_a"]
+    assert f"({c.effect:+.1f} [{c.low:+.1f}, {c.high:+.1f}] of mAP@.5:.95)" in readme and c.verdict == "undecided"
     assert {*judged.loc["person filled"].verdict} == {"better"} and [*judged.loc["car filled"].query("verdict == 'worse'").index] == ["vi", "didfuse", "reconet"]
 
 
