@@ -66,7 +66,7 @@ TABLES = [table1, table2, table3]
 # the last words of a name, and what they say of the stages: everything below these fields
 OF_ROW = {"joint": ("kind", "data", "lr_task", "weight", "detector", "segmenter", "start"), "whole": ("settings.crop",),
           "oracle": ("kind", "data", "lr_task", "weight", "detector", "segmenter", "start", "settings.epochs", "settings.lr"),
-          "warm": ("loss.settings.warmup_fusion",),
+          "warm": ("loss.settings.warmup_fusion",), "adam": ("loss.settings.warmup_fusion", "loss.settings.unrolled_by"),
           "steady": ("loss.settings.val_batch_size",), "swapped": ("loss.data", "loss.detector", "loss.segmenter", "loss.start")}
 
 
