@@ -66,6 +66,9 @@ class SearchSettings(_Settings):
     average_last: float = Field(0, ge=0, le=1) # share of the last steps whose mean beta is the result; 0: the last beta
     _before = {"order": "beta_first", "decay_of": "all"}
 
+    def averaged(self, steps: int) -> int: # of so many; see `average_last`
+        return max(1, round(self.average_last * steps))
+
     @model_validator(mode="after")
     def _one_kind(self) -> "SearchSettings":
         if (self.neumann_terms is not None) != (self.kind == "neumann"):

@@ -27,8 +27,7 @@ from caf_nb.stages.sources import (
 )
 from caf_nb.stages import (
     ByEffects, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published,
-    Results,
-    Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
+    Results, Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
     is_frozen, parse_execution, weights_file,
 )
 
@@ -159,23 +158,17 @@ def _swapped(setup: "Setup", task: Task, network: str) -> TrainFusion:
     other: Task = "segmentation" if task == "detection" else "detection"
     return setup.train(task, setup.search(other, network), network)
 
-def _steady(setup: "Setup", task: Task, network: str) -> TrainFusion:
-    return searched(steady(setup), task, network)
-
 def warm(setup: "Setup") -> "Setup":
     "The same with a fusion network that is trained as long as any other before the first update of beta."
     steps = setup.profile.fusion.epochs * math.ceil(setup.profile.data.train / setup.profile.fusion.batch_size)
     return setup.changed("search", warmup_fusion=steps)
 
-def _warm(setup: "Setup", task: Task, network: str) -> TrainFusion:
-    return searched(warm(setup), task, network)
-
 def by_adam(setup: "Setup") -> "Setup":
     "The same, warmed up, with an unrolled step like those that the fusion network is trained by."
     return warm(setup).changed("search", unrolled_by="adam")
 
-def _by_adam(setup: "Setup", task: Task, network: str) -> TrainFusion:
-    return searched(by_adam(setup), task, network)
+def _searched(change: Callable[["Setup"], "Setup"]) -> Callable[["Setup", Task, str], TrainFusion]:
+    return lambda setup, task, network: searched(change(setup), task, network)
 
 def _by_effects(setup: "Setup", task: Task, network: str) -> TrainFusion:
     pilot = tuple(setup.model_copy(update={"seed": seed}).effects(task) for seed in setup.profile.pilot)
@@ -237,9 +230,9 @@ ROWS: dict[str, Row] = {row.name: row for row in (
     Row("caf_a", Style("CAF_A", "#e58a57", "p"), _GIVEN["A"]),
     Row("caf_swapped", Style("CAF (other task's loss)", "#a65a2a", "H"), _swapped),
     Row("caf_joint", Style("CAF (joint training)", "#6b3410", "8"), _joint),
-    Row("caf_steady", Style("CAF (steadier search)", "#b5651d", "H"), _steady),
-    Row("caf_warm", Style("CAF (warmed-up search)", "#7f3b08", "D"), _warm),
-    Row("caf_adam", Style("CAF (search by Adam's step)", "#3d1c02", "v"), _by_adam),
+    Row("caf_steady", Style("CAF (steadier search)", "#b5651d", "H"), _searched(steady)),
+    Row("caf_warm", Style("CAF (warmed-up search)", "#7f3b08", "D"), _searched(warm)),
+    Row("caf_adam", Style("CAF (search by Adam's step)", "#3d1c02", "v"), _searched(by_adam)),
     Row("caf_effects", Style("CAF (weights follow effects)", "#4d2600", "X"), _by_effects),
     Row("caf_oracle", Style("CAF (trained through the judge)", "#3f3f3f", "*"), _oracle),
     Row("caf_whole", Style("CAF (whole scenes)", "#8c5a3c", "8"), _whole),

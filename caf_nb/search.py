@@ -258,7 +258,7 @@ def _units(net: nn.Module, space: LossSpace, scenes: Sequence[Scene], settings: 
 def _final(p: _Players, printed: LossSpace) -> Tensor: # (15,) logits
     "The result of a search, in the units of `printed`."
     if p.space is printed and not p.settings.average_last: return p.alpha.detach().cpu()
-    last = p.rows[-max(1, round(p.settings.average_last * len(p.rows))):]
+    last = p.rows[-p.settings.averaged(len(p.rows)):]
     beta = torch.tensor([[row[name] for name in TERMS] for row in last]).mean(0)
     even = beta * (p.space.scale / printed.scale).cpu()
     return logits(even / even.sum())

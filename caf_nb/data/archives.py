@@ -130,11 +130,12 @@ def make_folds(published: Published, # all of it
                seed: int = 0,        # of the dealing
                validate: bool = False, # whether the blocks of the next fold are val
 ) -> list[Split]:                    # the scene of a member is its block
-    "One split a fold: its blocks are test, all others train. Raises `CafError` if that is not possible."
+    "One split a fold: its blocks are test, others train or val. Raises `CafError` if that is not possible."
     stems = sorted((item.stem for item in published.items), key=natural_order)
-    if not 2 <= folds <= blocks <= len(stems):
+    if not 2 + validate <= folds <= blocks <= len(stems):
         cause = f"{len(stems)} pairs in {blocks} blocks do not give {folds} folds"
-        raise CafError(cause, published.root, "Ask for 2 folds at least, and no more than there are blocks")
+        remedy = f"Ask for {2 + validate} folds at least, and no more than there are blocks"
+        raise CafError(cause, published.root, remedy)
     order = sorted(range(blocks), key=lambda n: hashlib.sha256(f"{seed} {n}".encode()).digest())
     block = {stem: n * blocks // len(stems) for n, stem in enumerate(stems)}
     parts = {0: "test"} | ({1: "val"} if validate else {})

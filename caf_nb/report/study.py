@@ -40,6 +40,7 @@ from ..stages import Search, is_frozen
 METRIC = {"m3fd": "mAP@.5", "mfnet": "mIoU"} # the metric of a claim about a data set
 _PRIMARY = {"m3fd": "mAP@.5:.95", "mfnet": "mIoU"} # the same under a protocol with looks: the steadier of two averages
 _TASK: dict[str, Task] = {"m3fd": "detection", "mfnet": "segmentation"} # of which it is the first set
+_FIRST: dict[str, str] = {task: dataset for dataset, task in _TASK.items()}
 _SOURCES = ("ir", "vi", "mean")
 
 class Comparison(NamedTuple):
@@ -559,7 +560,7 @@ def crossed_scores(setup: Setup,             # of any seed, with frozen judges
     for task, *seeds in product(setup.tasks, searches, fusions, tests):
         name = f"{task}-{seeds[0]}-{seeds[1]}"
         found = get(setup.crossed(task, *seeds), cell_file(folder, "crossed", name, seeds[2]))
-        if found: rows.append((task, *seeds, found.scores[_PRIMARY[next(d for d, t in _TASK.items() if t == task)]]))
+        if found: rows.append((task, *seeds, found.scores[_PRIMARY[_FIRST[task]]]))
     return pd.DataFrame(rows, columns=["task", "search", "fusion", "test", "value"])
 
 def scatter_of(scores: pd.DataFrame, # of `crossed_scores`
@@ -632,7 +633,7 @@ def diagnose(found: Found) -> pd.DataFrame: # index question; one column per sea
     equal = [1 / len(TERMS)] * len(TERMS)
     def span(values, digits=0): return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "one seed"
     for task in betas.index.unique("task"):
-        dataset = next(d for d, name in _TASK.items() if name == task.partition("_")[0])
+        dataset = _FIRST[task.partition("_")[0]]
         these = betas.loc[task]
         cells = [value.scores for (kind, t, _), value in found.items() if (kind, t) == ("search", task)]
         learned = [value.scores[METRIC[dataset]] for (d, _, _), value in found.items() if d == dataset]

@@ -428,8 +428,8 @@ class Search(BaseModel):
         level = found.history[[f"value_{name}" for name in TERMS]].mean(axis=1)
         few = max(len(level) // 8, 1)
         losses = {"loss_start": level.head(few).mean(), "loss_end": level.tail(few).mean()}
-        last = found.history[list(TERMS)].tail(max(1, round(s.average_last * len(found.history)))).mean()
-        own = {f"{name} in its unit": weight for name, weight in last.items()} if s.balance else {}
+        last = found.history[list(TERMS)].tail(s.averaged(len(found.history)) if s.balance else 0)
+        own = {f"{name} in its unit": weight for name, weight in last.mean().items()} if s.balance else {}
         return found.beta | {"cosine": found.history.cosine.mean()} | losses | own
 
     def provenance(self) -> dict[str, str]: return _provenance(self, self.run().provenance)
