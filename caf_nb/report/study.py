@@ -383,7 +383,7 @@ def effects_table(compared: pd.DataFrame, # likewise
 class RealPairs(NamedTuple):
     "The finished numbers of real.ipynb."
     measured: pd.DataFrame # for `compare_pictures`; figure7-SET-CONVENTION.csv
-    scores: pd.DataFrame   # for `compare_forms`; cells/judge-NETWORK-FOLD-SEED.json
+    scores: pd.DataFrame   # for `compare_forms`; cells/judge-NETWORK-FOLD-SEED.json, cells/own-FORM-FOLD-SEED.json
     arms: pd.DataFrame     # likewise, of networks trained here; cells/arms-NETWORK-FOLD.json
     searches: Found        # for `weights`; cells/search-ROW-FOLD.json
 
@@ -396,10 +396,12 @@ def read_real(folder: str | Path) -> RealPairs:
         return {tuple(file.stem.split("-")): Cell.model_validate_json(file.read_text(encoding="utf-8"))
                 for file in sorted(Path(folder).glob(f"cells/{kind}-*.json"))}
     judged = {(judge, fold, seed): cell for (_, judge, fold, seed), cell in cells("judge").items()}
+    own = {(form, fold, seed): cell for (_, form, fold, seed), cell in cells("own").items()}
+    scores = pd.concat([_form_scores(judged), _form_scores(own).assign(judge="yolov5n, own")], ignore_index=True)
     arms = {(judge, fold, fold): cell for (_, judge, fold), cell in cells("arms").items()}
     searched = {(kind, row, int(fold)): cell for (kind, row, fold), cell in cells("search").items()}
     measured = pd.concat(frames) if frames else pd.DataFrame()
-    return RealPairs(measured, _form_scores(judged), _form_scores(arms), searched)
+    return RealPairs(measured, scores, _form_scores(arms), searched)
 
 # %% ../../nbs/lib/32_study.ipynb #a008f17b
 def _look_level(n: int,              # seeds that are there
