@@ -312,6 +312,10 @@ class Setup(_Trainings):
         task = task or self.task(dataset)
         return self.judged(self.fused(dataset, row, task), task)
 
+    def measured(self, row: str, task: Task) -> MeasureFusion:
+        "The stage that measures MI and VIF of the pictures of a row, on the first set of a task."
+        return MeasureFusion(fused=self.fused(self.sets(task)[0], row, task), infra=self.infra)
+
     def crossed(self, task: Task, search: int, fusion: int, test: int) -> FinetuneDetector | FinetuneSegmenter:
         "CAF with the loss of one seed, the training of the fusion network of a second, and the test scenes of a third."
         searching, training, testing = (self.model_copy(update={"seed": seed}) for seed in (search, fusion, test))
@@ -378,10 +382,7 @@ def table3(setup: Setup, rows: Sequence[str] = ("caf_h", "caf_r", "caf_a", "caf"
     "The ablation: MI and VIF of the pictures (`fused`), detection and segmentation. Raises `CafError`."
     rows = check(setup, rows)
     scored = {key: stage for task in setup.tasks for key, stage in _scored(setup, rows, task, 1).items()}
-    task = setup.tasks[0]
-    measured = {("fused", row): MeasureFusion(fused=setup.fused(setup.sets(task)[0], row, task), infra=setup.infra)
-                for row in rows}
-    return measured | scored
+    return {("fused", row): setup.measured(row, setup.tasks[0]) for row in rows} | scored
 
 # %% ../nbs/lib/31_rows.ipynb #fb63495a
 class Cell(BaseModel):

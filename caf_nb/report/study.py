@@ -39,16 +39,18 @@ from ..stages import Search, is_frozen
 # %% ../../nbs/lib/32_study.ipynb #e6f18597
 METRIC = {"m3fd": "mAP@.5", "mfnet": "mIoU"} # the metric of a claim about a data set
 _PRIMARY = {"m3fd": "mAP@.5:.95", "mfnet": "mIoU"} # the same under a protocol with looks: the steadier of two averages
-_TASK: dict[str, Task] = {"m3fd": "detection", "mfnet": "segmentation"} # of which it is the first set
-_FIRST: dict[str, str] = {task: dataset for dataset, task in _TASK.items()}
+_TASK: dict[str, Task] = {"m3fd": "detection", "mfnet": "segmentation", "fused": "detection"} # whose first set it is
+_FIRST: dict[str, str] = {_TASK[dataset]: dataset for dataset in METRIC}
 _SOURCES = ("ir", "vi", "mean")
+_PICTURES = ("MI", "VIF") # metrics of the pictures themselves; no points
 
 class Comparison(NamedTuple):
     "`row` is better than `against`, or no more than `margin` points worse."
-    dataset: str
+    dataset: str      # "fused": the pictures themselves, in percent of what `against` has
     row: str
     against: str
     margin: float = 0.
+    metric: str = ""  # "": that of the data set
 
 # %% ../../nbs/lib/32_study.ipynb #a3a7b316
 class Claim(NamedTuple):
@@ -73,8 +75,9 @@ CLAIMS = (
           _compared(_GIVEN, "m3fd")),
     Claim("C2", "The searched loss beats average, random and hand-crafted weights on segmentation.",
           _compared(_GIVEN, "mfnet")),
-    Claim("C3", "The search improves UMFusion, ReCoNet and U2Fusion on detection.",
-          _compared([(f"{x}_p", x) for x in _NETWORKS], "m3fd")),
+    Claim("C3", "The search improves UMFusion, ReCoNet and U2Fusion, on both tasks and in MI and VIF.",
+          _compared([(f"{x}_p", x) for x in _NETWORKS])
+          + tuple(Comparison("fused", f"{x}_p", x, metric=metric) for metric in _PICTURES for x in _NETWORKS)),
     Claim("C4", "Fusion beats either source.", _compared([("caf", "ir"), ("caf", "vi")])),
     Claim("C5", "Detection and segmentation search find different weights, and each is better on its own task.",
           _compared([("caf", "caf_swapped")])),
@@ -120,8 +123,9 @@ def _stages(setup: Setup, claims: Sequence[Claim]) -> dict[tuple[str, str], Any]
     found: dict[tuple[str, str], Any] = {("search", name): stage for name, stage in searches(setup, claims).items()}
     wanted = [(dataset, row, _TASK[dataset]) for dataset, row in needed(claims) if _TASK[dataset] in setup.tasks]
     empty = left_out(setup, [row for _, row, _ in wanted])
-    return found | {(dataset, row): setup.score(setup.sets(task)[0], row, task)
-                    for dataset, row, task in wanted if row not in empty}
+    def of(dataset, row, task):
+        return setup.measured(row, task) if dataset == "fused" else setup.score(setup.sets(task)[0], row, task)
+    return found | {(dataset, row): of(dataset, row, task) for dataset, row, task in wanted if row not in empty}
 
 # %% ../../nbs/lib/32_study.ipynb #28d432ef
 def study_stages(setup: Setup, seeds: Sequence[int], claims: Sequence[Claim] = CLAIMS) -> list[Any]:
@@ -208,14 +212,18 @@ def verdict(found: Effect, margin: float = 0.) -> Literal["supported", "contradi
     return "supported" if found.low > -margin else "contradicted"
 
 # %% ../../nbs/lib/32_study.ipynb #f3276e4b
-def _row_scores(found: Found, dataset: str, row: str, metric: Mapping[str, str] = METRIC) -> dict[int, float]:
-    "The score of a row by seed."
-    return {seed: value.scores[metric[dataset]] for (d, r, seed), value in found.items() if (d, r) == (dataset, row)}
+def _row_scores(found: Found, dataset: str, row: str, metric: str = "") -> dict[int, float]:
+    "The score of a row by seed; the metric of `METRIC`, if none is named."
+    metric = metric or METRIC[dataset]
+    return {seed: value.scores[metric] for (d, r, seed), value in found.items() if (d, r) == (dataset, row)}
 
 # %% ../../nbs/lib/32_study.ipynb #20b001aa
+def _metric(c: Comparison, metric: Mapping[str, str] = METRIC) -> str: return c.metric or metric[c.dataset]
+
 def _differences(found: Found, c: Comparison, metric: Mapping[str, str] = METRIC) -> list[float]: # one a seed
-    ours, theirs = (_row_scores(found, c.dataset, row, metric) for row in (c.row, c.against))
-    return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
+    ours, theirs = (_row_scores(found, c.dataset, row, _metric(c, metric)) for row in (c.row, c.against))
+    unit = float(np.mean([*theirs.values()])) / 100 if theirs and c.dataset == "fused" else 1.
+    return [(ours[s] - theirs[s]) / unit for s in sorted(ours.keys() & theirs.keys())]
 
 def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
 ) -> pd.DataFrame: # columns claim, dataset, row, against, metric, margin, n, effect, low, high, dz, verdict
@@ -224,7 +232,7 @@ def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
     for claim, c in ((claim, c) for claim in claims for c in claim.comparisons):
         e = effect(_differences(found, c))
         rows.append({"claim": claim.name, "dataset": c.dataset, "row": c.row, "against": c.against,
-                     "metric": METRIC[c.dataset], "margin": c.margin, "n": e.n, "effect": e.mean, "low": e.low,
+                     "metric": _metric(c), "margin": c.margin, "n": e.n, "effect": e.mean, "low": e.low,
                      "high": e.high, "dz": e.dz, "verdict": verdict(e, c.margin)})
     columns = "claim dataset row against metric margin n effect low high dz verdict".split()
     return pd.DataFrame(rows, columns=columns)
@@ -255,7 +263,7 @@ def seeds_needed(compared: pd.DataFrame,                 # of `compare_rows`
 ) -> pd.DataFrame:                                       # one row per metric and row of CAF or of another network
     "How many seeds see a difference of so many points with 80 % power (two-sided, 5 %), and what these seeds see."
     solve = partial(optional("statsmodels.stats.power", "notebooks").TTestPower().solve_power, alpha=0.05, power=0.8)
-    done, rows = compared[compared.n > 1], {}
+    done, rows = compared[(compared.n > 1) & ~compared.metric.isin(_PICTURES)], {}
     among = done.row.str.startswith("caf") & (done.against.str.startswith("caf") | done.against.isin(_SOURCES))
     ours = among.map({True: "rows of CAF", False: "other networks"})
     for (metric, of), part in done.assign(sd=_deviation(done)).groupby(["metric", ours], sort=False):
@@ -268,11 +276,11 @@ def seeds_needed(compared: pd.DataFrame,                 # of `compare_rows`
 
 # %% ../../nbs/lib/32_study.ipynb #5ee05a17
 def _printed_gap(dataset: str, row: str, against: str, metric: str) -> float: # points; nan: the paper has no such pair
-    tables = {"m3fd": (1,), "mfnet": (3, 2)}[dataset]
+    tables = {"m3fd": (1,), "mfnet": (3, 2), "fused": (3,)}[dataset]
     for table in map(paper_table, tables):
         if {row, against} <= set(table.index) and (dataset, metric) in table:
             column = table[dataset, metric]
-            return float(column[row] - column[against])
+            return float(column[row] - column[against]) / (column[against] / 100 if dataset == "fused" else 1.)
     return math.nan
 
 # %% ../../nbs/lib/32_study.ipynb #5ee05a19
@@ -422,12 +430,13 @@ def decide_rows(found: Found, claims: Sequence[Claim],
 ) -> pd.DataFrame: # columns as of `compare_rows`, and p, p equivalent
     "Every comparison of every claim, decided at a look."
     pairs = [(claim.name, c) for claim in claims for c in claim.comparisons]
-    shifted = {(name, *c): [gap + c.margin for gap in _differences(found, c, _PRIMARY)] for name, c in pairs}
+    shifted = {(name, *c[:4], _metric(c, _PRIMARY)): [gap + c.margin for gap in _differences(found, c, _PRIMARY)]
+               for name, c in pairs}
     n = min(map(len, shifted.values()))
     if n < 2: raise CafError(f"{n} seeds decide nothing", remedy=f"Run {looks[0]}, the first look of the protocol")
-    index = ["claim", "dataset", "row", "against", "margin"]
+    index = ["claim", "dataset", "row", "against", "margin", "metric"]
     table = _decide(shifted, margin, _look_level(n, looks)).rename_axis(index).reset_index()
-    table = table.assign(metric=table.dataset.map(_PRIMARY), verdict=table.verdict.replace(_WORDS))
+    table = table.assign(verdict=table.verdict.replace(_WORDS))
     table[["effect", "low", "high"]] = table[["effect", "low", "high"]].sub(table.margin, axis=0)
     return table.assign(dz=table.effect / _deviation(table))
 
@@ -474,7 +483,7 @@ def head_room(found: Found, # of `HEAD_ROOM`
     for dataset, metric in _PRIMARY.items():
         gains = effect(_differences(found, Comparison(dataset, "caf_oracle", "mean"), _PRIMARY))
         best = []
-        for seed in _row_scores(found, dataset, "mean", _PRIMARY):
+        for seed in _row_scores(found, dataset, "mean", metric):
             forms = pd.DataFrame({row: found[dataset, row, seed].scores for row in _SOURCES})
             each = forms[~forms.index.str.match("mAP|mIoU|mAcc|Acc ")]
             best.append(each.max(axis=1).mean() - forms.loc[metric, "mean"])
@@ -710,7 +719,8 @@ def verdicts_text(compared: pd.DataFrame, claims: pd.DataFrame, seeds: int) -> s
         if not c.n: return f"{c.row} against {c.against} ({c.metric}) not run"
         fewer = f", {c.n} of {seeds} seeds" if c.n < seeds else ""
         interval = f" [{c.low:+.1f}, {c.high:+.1f}]" if math.isfinite(c.low) else ""
-        return f"{c.row} against {c.against} ({c.metric}{fewer}) {c.effect:+.1f}{interval}"
+        unit = ", percent" if c.dataset == "fused" else ""
+        return f"{c.row} against {c.against} ({c.metric}{unit}{fewer}) {c.effect:+.1f}{interval}"
     what = "Difference in points" + (" and 95 % interval" if seeds > 1 else "")
     told = []
     for name, claim in claims.iterrows():
@@ -734,7 +744,8 @@ def plot_effects(compared: pd.DataFrame, # of `compare_rows`
         ax.plot(r.effect, r.y, "o", ms=5, color=colour, mfc="white" if r.verdict == "undecided" else colour)
         if r.margin: ax.plot([-r.margin] * 2, [r.y - .4, r.y + .4], color="black", lw=0.8, ls=":")
     ax.axvline(0, color="black", lw=0.8)
-    labels = [f"{r.claim}  {r.row} - {r.against}, {r.metric}" for r in shown.itertuples()]
+    labels = [f"{r.claim}  {r.row} - {r.against}, {r.metric}{' (%)' if r.dataset == 'fused' else ''}"
+              for r in shown.itertuples()]
     ax.set_yticks(shown.y, labels, fontsize=7)
     ax.set_xlabel("difference in points, mean and 95 % interval over seeds")
     return ax
