@@ -26,9 +26,9 @@ from caf_nb.stages.sources import (
     Data, SPLITS, Task, detector_weights, fusion_blocks, segmenter_weights, task_sets, vgg_weights,
 )
 from caf_nb.stages import (
-    ByEffects, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, MeasureFusion, Method, Pretrain, Published,
-    Results, Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights, compute, has_pictures,
-    is_frozen, parse_execution, weights_file,
+    ByEffects, ByEvolution, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, Loss, MeasureFusion, Method,
+    Pretrain, Published, Results, Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights,
+    compute, has_pictures, is_frozen, parse_execution, weights_file,
 )
 
 # %% ../nbs/lib/31_rows.ipynb #b6c22c24
@@ -174,6 +174,9 @@ def _by_effects(setup: "Setup", task: Task, network: str) -> TrainFusion:
     pilot = tuple(setup.model_copy(update={"seed": seed}).effects(task) for seed in setup.profile.pilot)
     return setup.train(task, ByEffects(measured=pilot, vgg=setup.vgg), network)
 
+def _evolved(setup: "Setup", task: Task, network: str) -> TrainFusion:
+    return setup.train(task, setup.evolution(task), network)
+
 def _whole(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(setup.changed("fusion", crop=None), task, network)
 
@@ -234,6 +237,7 @@ ROWS: dict[str, Row] = {row.name: row for row in (
     Row("caf_warm", Style("CAF (warmed-up search)", "#7f3b08", "D"), _searched(warm)),
     Row("caf_adam", Style("CAF (search by Adam's step)", "#3d1c02", "v"), _searched(by_adam)),
     Row("caf_effects", Style("CAF (weights follow effects)", "#4d2600", "X"), _by_effects),
+    Row("caf_evolved", Style("CAF (weights by CMA-ES)", "#8b0000", "P"), _evolved),
     Row("caf_oracle", Style("CAF (trained through the judge)", "#3f3f3f", "*"), _oracle),
     Row("caf_whole", Style("CAF (whole scenes)", "#8c5a3c", "8"), _whole),
     Row("caf", Style("CAF", "#d55e00", "o"), searched),
@@ -265,7 +269,7 @@ class _Trainings(_Starts):
                       fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra,
                       **self.task_network(task))
 
-    def train(self, task: Task, loss: Search | Weighted | ByEffects | Published, network: str = "caf") -> TrainFusion:
+    def train(self, task: Task, loss: Loss, network: str = "caf") -> TrainFusion:
         "The training of a network with a loss, for rows that are scored on a task."
         settings, data = None if isinstance(loss, Published) else self.profile.fusion, self.home(task)
         if self.profile.fusion_scenes == "loss":
@@ -294,18 +298,22 @@ class Setup(_Trainings):
         splits = ("test",) if is_frozen(next(iter(self.task_network(task).values()))) else SPLITS
         return FuseDataset(data=self.data(dataset, task), model=self.model(task, row), splits=splits, infra=self.infra)
 
-    def _pilot(self, task: Task) -> dict[str, Any]:
-        return dict(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion,
-                    search=self.profile.search, vgg=self.vgg, start=self.start(task),
-                    fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra, **self.task_network(task))
+    def _trials(self, task: Task) -> dict[str, Any]:
+        return dict(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion, vgg=self.vgg,
+                    start=self.start(task), fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra, **self.task_network(task))
 
     def effects(self, task: Task) -> TermEffects:
         "The stage that measures what each term does to a task."
-        return TermEffects(**self._pilot(task))
+        return TermEffects(search=self.profile.search, **self._trials(task))
 
     def directions(self, task: Task) -> Directions:
         "The stage that asks other hypergradients the same."
-        return Directions(**self._pilot(task))
+        return Directions(search=self.profile.search, **self._trials(task))
+
+    def evolution(self, task: Task) -> ByEvolution:
+        "The stage that finds weights without a hypergradient; its trainings are half as long as those of a row."
+        half = self.profile.fusion.model_copy(update={"epochs": math.ceil(self.profile.fusion.epochs / 2)})
+        return ByEvolution(**self._trials(task) | {"settings": half})
 
     def score(self, dataset: str, row: str, task: Task | None = None) -> FinetuneDetector | FinetuneSegmenter:
         "The stage that scores a row on a data set, by default for its first task."

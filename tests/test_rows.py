@@ -80,7 +80,7 @@ def how(row: str) -> tuple[str, str, str]:
     "What the name of a row says: network, loss, and a change of either."
     network, _, suffix = row.partition("_")
     own = {"caf": "searched"}.get(network, "source" if network in ("ir", "vi", "mean") else "own")
-    loss = {"": own, "p": "searched", "h": "given", "r": "given", "a": "given", "oracle": "given", "effects": "effects"}.get(suffix, "searched")
+    loss = {"": own, "p": "searched", "h": "given", "r": "given", "a": "given", "oracle": "given", "effects": "effects", "evolved": "evolved"}.get(suffix, "searched")
     return network, loss, suffix
 
 
