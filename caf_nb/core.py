@@ -152,5 +152,6 @@ def environment() -> dict[str, str]:
     versions = {name: v for name in _LIBRARIES for v in [d.version for d in metadata.distributions(name=name)][:1]}
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return {"caf_nb": caf_nb.__version__, "commit": _commit(Path(caf_nb.__file__).parent),
-            "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "device": card, "threads": str(torch.get_num_threads()), **versions}
