@@ -296,7 +296,8 @@ def what_is_excluded(compared: pd.DataFrame, # of `compare_rows`
     shown = done[["claim", "row", "against", "metric", "effect", "low", "high"]].assign(printed=printed)
     shown["paper's gap excluded"] = np.where(printed.isna(), "not printed",
                                              np.where((printed < done.low) | (printed > done.high), "yes", "no"))
-    shown[f"within {margin:g}"] = np.where(done.effect.abs() + half < margin, "yes", "no")
+    within = np.where(done.effect.abs() + half < margin, "yes", "no")
+    shown[f"within {margin:g}"] = np.where(done.metric.isin(_PICTURES), "no points", within)
     return shown.set_index(["claim", "row", "against", "metric"])
 
 # %% ../../nbs/lib/32_study.ipynb #ee579621
