@@ -98,7 +98,10 @@ def test_readme_tells_the_verdicts_on_real_pairs():
     said = f"of {len(found)} comparisons (five methods, four metrics, all pairs of TNO and RoadScene given here) CAF is better in {n.better}, worse in {n.worse} and equivalent in {n.equivalent}"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert said in readme
-    judged = pd.read_csv(ROOT / "results/real/table1.csv").set_index(["metric", "against"])
+    every = pd.read_csv(ROOT / "results/real/table1.csv").set_index(["metric", "against"])
+    judged, own = every[every.claim.isin(["yolov5n", "espnetv2"])], every[every.claim == "yolov5n, own"].loc["mAP@.5"]
+    assert [*own.index[own.verdict != "better"]] == ["mean", "sdnet"] and {*own.loc[["mean", "sdnet"]].verdict} == {"undecided"}
+    assert len(own) == 8 and all(f"+{c.effect:.1f} [{c.low:+.1f}, {c.high:+.1f}]" in readme for c in own.loc[["tardal", "sdnet", "mean"]].itertuples())
     for key in (*(("mAP@.5", against) for against in ("tardal", "sdnet", "mean")), ("person filled", "sdnet"), ("car filled", "didfuse")):
         c = judged.loc[key]
         assert f"{c.effect:+.1f} [{c.low:+.1f}, {c.high:+.1f}]" in readme

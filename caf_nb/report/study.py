@@ -750,6 +750,7 @@ def plot_effects(compared: pd.DataFrame, # of `compare_rows`
     labels = [f"{r.claim}  {r.row} - {r.against}, {r.metric}{' (%)' if r.dataset == 'fused' else ''}"
               for r in shown.itertuples()]
     ax.set_yticks(shown.y, labels, fontsize=7)
+    ax.set_ylim(-1, len(shown))
     ax.set_xlabel("difference in points, mean and 95 % interval over seeds")
     return ax
 
