@@ -300,7 +300,8 @@ class Setup(_Trainings):
 
     def _trials(self, task: Task) -> dict[str, Any]:
         return dict(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion, vgg=self.vgg,
-                    start=self.start(task), fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra, **self.task_network(task))
+                    start=self.start(task), fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra,
+                    **self.task_network(task))
 
     def effects(self, task: Task) -> TermEffects:
         "The stage that measures what each term does to a task."

@@ -475,7 +475,7 @@ REMEDIES = (
           _compared([("caf_adam", row) for row in ("caf_a", "caf_warm")], "m3fd")),
     Claim("Black box", "Weights that follow the measured effects of the terms beat average weights and the search.",
           _compared([("caf_effects", row) for row in ("caf_a", "caf")])),
-    Claim("CMA-ES", "Weights that an evolution finds, a training for every candidate, beat average weights and the search.",
+    Claim("CMA-ES", "Weights that an evolution finds, a training a candidate, beat average weights and the search.",
           _compared([("caf_evolved", row) for row in ("caf_a", "caf")], "mfnet")),
 )
 

@@ -705,9 +705,9 @@ class TrainJoint(_FusionTraining):
         net, settings = _initial_network(self).to(where), _only_one(self.detector, self.segmenter)
         task = _task_network(self.data, settings, self.start, self.seed).to(where)
         if not self.lr_task: task.eval()  # a judge
-        history = train_joint(net, task, space.to(where), _beta(found), in_memory(self.data.split("train")), self.settings,
-                              self.weight, self.lr_task, self.seed,
-                              folder=_optional_folder(self.infra, "training"))
+        scenes, folder = in_memory(self.data.split("train")), _optional_folder(self.infra, "training")
+        history = train_joint(net, task, space.to(where), _beta(found), scenes, self.settings, self.weight,
+                              self.lr_task, self.seed, folder=folder)
         made = (f"{self.network} from {_initial(self)} jointly with {task.model} from {task.provenance}, "
                 f"task loss times {self.weight:g}, {len(history.losses)} steps")
         return _trained(net, history, found.provenance, made)
