@@ -42,11 +42,11 @@ _PRIMARY = {"m3fd": "mAP@.5:.95", "mfnet": "mIoU"} # the same under a protocol w
 _TASK: dict[str, Task] = {"m3fd": "detection", "mfnet": "segmentation", "fused": "detection"} # whose first set it is
 _FIRST: dict[str, str] = {_TASK[dataset]: dataset for dataset in METRIC}
 _SOURCES = ("ir", "vi", "mean")
-_PICTURES = ("MI", "VIF") # metrics of the pictures themselves; no points
+_PICTURES = ("MI", "VIF") # metrics of the pictures themselves, whose differences are in percent
 
 class Comparison(NamedTuple):
     "`row` is better than `against`, or no more than `margin` points worse."
-    dataset: str      # "fused": the pictures themselves, in percent of what `against` has
+    dataset: str      # "fused": the pictures themselves, in percent of what `against` has in `metric`
     row: str
     against: str
     margin: float = 0.
@@ -218,11 +218,12 @@ def _row_scores(found: Found, dataset: str, row: str, metric: str = "") -> dict[
     return {seed: value.scores[metric] for (d, r, seed), value in found.items() if (d, r) == (dataset, row)}
 
 # %% ../../nbs/lib/32_study.ipynb #20b001aa
-def _metric(c: Comparison, metric: Mapping[str, str] = METRIC) -> str: return c.metric or metric[c.dataset]
+def _unit(metric: str, level: float) -> float: # of a difference: a point, or a percent of `level`
+    return level / 100 if metric in _PICTURES else 1.
 
-def _differences(found: Found, c: Comparison, metric: Mapping[str, str] = METRIC) -> list[float]: # one a seed
-    ours, theirs = (_row_scores(found, c.dataset, row, _metric(c, metric)) for row in (c.row, c.against))
-    unit = float(np.mean([*theirs.values()])) / 100 if theirs and c.dataset == "fused" else 1.
+def _differences(found: Found, c: Comparison) -> list[float]: # one a seed
+    ours, theirs = (_row_scores(found, c.dataset, row, c.metric) for row in (c.row, c.against))
+    unit = _unit(c.metric, float(np.mean([*theirs.values()] or [1.])))
     return [(ours[s] - theirs[s]) / unit for s in sorted(ours.keys() & theirs.keys())]
 
 def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
@@ -232,8 +233,8 @@ def compare_rows(found: Found, claims: Sequence[Claim] = CLAIMS,
     for claim, c in ((claim, c) for claim in claims for c in claim.comparisons):
         e = effect(_differences(found, c))
         rows.append({"claim": claim.name, "dataset": c.dataset, "row": c.row, "against": c.against,
-                     "metric": _metric(c), "margin": c.margin, "n": e.n, "effect": e.mean, "low": e.low,
-                     "high": e.high, "dz": e.dz, "verdict": verdict(e, c.margin)})
+                     "metric": c.metric or METRIC[c.dataset], "margin": c.margin, "n": e.n, "effect": e.mean,
+                     "low": e.low, "high": e.high, "dz": e.dz, "verdict": verdict(e, c.margin)})
     columns = "claim dataset row against metric margin n effect low high dz verdict".split()
     return pd.DataFrame(rows, columns=columns)
 
@@ -280,7 +281,7 @@ def _printed_gap(dataset: str, row: str, against: str, metric: str) -> float: # 
     for table in map(paper_table, tables):
         if {row, against} <= set(table.index) and (dataset, metric) in table:
             column = table[dataset, metric]
-            return float(column[row] - column[against]) / (column[against] / 100 if dataset == "fused" else 1.)
+            return float(column[row] - column[against]) / _unit(metric, column[against])
     return math.nan
 
 # %% ../../nbs/lib/32_study.ipynb #5ee05a19
@@ -430,9 +431,9 @@ def decide_rows(found: Found, claims: Sequence[Claim],
                 margin: float = 1.,     # a difference that matters, in points
 ) -> pd.DataFrame: # columns as of `compare_rows`, and p, p equivalent
     "Every comparison of every claim, decided at a look."
-    pairs = [(claim.name, c) for claim in claims for c in claim.comparisons]
-    shifted = {(name, *c[:4], _metric(c, _PRIMARY)): [gap + c.margin for gap in _differences(found, c, _PRIMARY)]
-               for name, c in pairs}
+    pairs = [(claim.name, c._replace(metric=c.metric or _PRIMARY[c.dataset]))
+             for claim in claims for c in claim.comparisons]
+    shifted = {(name, *c): [gap + c.margin for gap in _differences(found, c)] for name, c in pairs}
     n = min(map(len, shifted.values()))
     if n < 2: raise CafError(f"{n} seeds decide nothing", remedy=f"Run {looks[0]}, the first look of the protocol")
     index = ["claim", "dataset", "row", "against", "margin", "metric"]
@@ -484,14 +485,14 @@ def head_room(found: Found, # of `HEAD_ROOM`
     "The first gate: how much better than the plain mean a fused picture can be for the judge."
     rows = {}
     for dataset, metric in _PRIMARY.items():
-        gains = effect(_differences(found, Comparison(dataset, "caf_oracle", "mean"), _PRIMARY))
+        def gaps(row, metric=metric): return _differences(found, Comparison(dataset, row, "mean", metric=metric))
+        gains = effect(gaps("caf_oracle"))
         best = []
         for seed in _row_scores(found, dataset, "mean", metric):
             forms = pd.DataFrame({row: found[dataset, row, seed].scores for row in _SOURCES})
             each = forms[~forms.index.str.match("mAP|mIoU|mAcc|Acc ")]
             best.append(each.max(axis=1).mean() - forms.loc[metric, "mean"])
-        alone = {name: np.mean(_differences(found, Comparison(dataset, row, "mean"), _PRIMARY))
-                 for name, row in (("infrared", "ir"), ("visible", "vi"))}
+        alone = {name: np.mean(gaps(row)) for name, row in (("infrared", "ir"), ("visible", "vi"))}
         rows[dataset] = {"metric": metric, "seeds": gains.n, "through the judge": gains.mean, "low": gains.low,
                          "high": gains.high, **alone, "best source of each class": np.mean(best)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")

@@ -39,7 +39,7 @@ from ..config import DetectorSettings, FusionSettings, SearchSettings, Segmenter
 from ..core import CafError, device, optional, printable, replacing, seeded
 from ..data import Batch, Scene, collate, luma, read_image, read_split, recolor_uint8, to_uint8
 from ..fusion import bundled, find_weights, fuse, load_fusion
-from ..losses import LossSpace, TERMS, Variant
+from ..losses import LossSpace, TERM_TABLE, TERMS, Variant
 from ..metrics import measure
 from ..search import hypergradient, search, task_loss
 from .sources import BlockData, Data, SPLITS, SplitName, in_memory
@@ -566,12 +566,13 @@ class ByEffects(BaseModel):
         return Searched(dict(zip(TERMS, beta.tolist())), pd.DataFrame(), about)
 
 # %% ../../nbs/lib/29_stages.ipynb #5b1ee3aa
-_GROUPS = tuple(dict.fromkeys(name.split("_")[0] for name in TERMS)) + ("ir", "vi", "max") # what, and of which image
+_PARTS = [(term.name.partition("_")[0], term.reference) for term in TERM_TABLE] # what it compares, and with which image
+_GROUPS = tuple(dict.fromkeys(part for kind in zip(*_PARTS) for part in kind))
 
 def _ungrouped(logits: Sequence[float]) -> list[float]: # one for each of `_GROUPS` -> one for each term
     "A term's logit is the sum of those of its two groups."
     given = dict(zip(_GROUPS, logits))
-    return [given[name.split("_")[0]] + given[name.split("_")[1]] for name in TERMS]
+    return [given[what] + given[image] for what, image in _PARTS]
 
 # %% ../../nbs/lib/29_stages.ipynb #96bef3b7
 class ByEvolution(_Trials):
@@ -598,14 +599,6 @@ class ByEvolution(_Trials):
         about = {"loss": f"evolved over {len(rows)} trainings of {self.about()}, variant {self.variant}",
                  "VGG of terms n, o": vgg_of(self).pretrained}
         return Searched(dict(zip(TERMS, beta)), pd.DataFrame(rows), about)
-
-    def scores(self) -> dict[str, float]:
-        "The weight of each term; the mean task loss of the first and of the last generation."
-        found = self.run()
-        level = found.history.groupby("generation").loss.mean()
-        return found.beta | {"loss_start": level.iloc[0], "loss_end": level.iloc[-1]}
-
-    def provenance(self) -> dict[str, str]: return _provenance(self, self.run().provenance)
 
 # %% ../../nbs/lib/29_stages.ipynb #024e83e2
 Loss = Search | Weighted | ByEffects | ByEvolution | Published
