@@ -328,9 +328,11 @@ class Setup(_Trainings):
     def crossed(self, task: Task, search: int, fusion: int, test: int) -> FinetuneDetector | FinetuneSegmenter:
         "CAF with the loss of one seed, the training of the fusion network of a second, and the test scenes of a third."
         searching, training, testing = (self.model_copy(update={"seed": seed}) for seed in (search, fusion, test))
-        model = training.train(task, searching.search(task))
-        fused = FuseDataset(data=testing.home(task), model=model, splits=("test",), infra=self.infra)
-        return testing.judged(fused, task)
+        return testing.tested(training.train(task, searching.search(task)), task)
+
+    def tested(self, model: TrainFusion, task: Task) -> FinetuneDetector | FinetuneSegmenter:
+        "The stage that scores a trained network on the test scenes of a task, with frozen judges."
+        return self.judged(FuseDataset(data=self.home(task), model=model, splits=("test",), infra=self.infra), task)
 
     def judged(self, fused: FuseDataset, task: Task) -> FinetuneDetector | FinetuneSegmenter:
         "The stage that scores fused pictures for a task."
