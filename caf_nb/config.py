@@ -220,7 +220,8 @@ _FROZEN = Profile(
         data=DataSettings(source="embedded", size=96, train=960, test=64, conflict=True), epochs=20, steps=1200,
         blends=True),
     methods=("ir", "vi", "mean", "caf"), ablation=("caf_h", "caf_r", "caf_a", "caf"),
-    claims=("C1", "C2", "C4", "C5", "Warm-up", "Adam's step", "Black box", "CMA-ES"))
+    claims=("C1", "C2", "C4", "C5", "Warm-up", "Adam's step", "Black box", "CMA-ES",
+            "Weights of pixels", "Labels"))
 
 # %% ../nbs/lib/01_config.ipynb #29c0c296
 _PAPER = Profile(

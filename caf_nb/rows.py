@@ -27,8 +27,8 @@ from caf_nb.stages.sources import (
 )
 from caf_nb.stages import (
     ByEffects, ByEvolution, Directions, FinetuneDetector, FinetuneSegmenter, FuseDataset, Loss, MeasureFusion, Method,
-    Pretrain, Published, Results, Search, TermEffects, TrainFusion, TrainJoint, Weighted, Weights, bundled_weights,
-    compute, has_pictures, is_frozen, parse_execution, weights_file,
+    Pretrain, Published, Results, Search, SearchPixels, TermEffects, TrainFusion, TrainJoint, Weighted, Weights,
+    bundled_weights, compute, has_pictures, is_frozen, parse_execution, weights_file,
 )
 
 # %% ../nbs/lib/31_rows.ipynb #b6c22c24
@@ -177,6 +177,17 @@ def _by_effects(setup: "Setup", task: Task, network: str) -> TrainFusion:
 def _evolved(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return setup.train(task, setup.evolution(task), network)
 
+def _unlabelled(setup: "Setup", task: Task, network: str) -> TrainFusion:
+    warmed = warm(setup)
+    learns = warmed.changed("search", warmup_task=warmed.profile.search.warmup_fusion, lr_task=1e-3) # from nothing
+    return setup.train(task, learns.search(task, network).infra.clone_obj(labels=False), network)
+
+def _by_pixels(setup: "Setup", task: Task, network: str) -> TrainFusion:
+    return setup.train(task, warm(setup).pixels(task, network), network)
+
+def _even_pixels(setup: "Setup", task: Task, network: str) -> TrainFusion:
+    return setup.train(task, setup.pixels(task, network, searched=False), network)
+
 def _whole(setup: "Setup", task: Task, network: str) -> TrainFusion:
     return searched(setup.changed("fusion", crop=None), task, network)
 
@@ -238,6 +249,9 @@ ROWS: dict[str, Row] = {row.name: row for row in (
     Row("caf_adam", Style("CAF (search by Adam's step)", "#3d1c02", "v"), _searched(by_adam)),
     Row("caf_effects", Style("CAF (weights follow effects)", "#4d2600", "X"), _by_effects),
     Row("caf_evolved", Style("CAF (weights by CMA-ES)", "#8b0000", "P"), _evolved),
+    Row("caf_pixels", Style("CAF (weights of pixels)", "#4b0082", "s"), _by_pixels),
+    Row("caf_pixels_a", Style("CAF (equal weights of pixels)", "#9370db", "p"), _even_pixels),
+    Row("caf_unlabelled", Style("CAF (search without labels)", "#708238", "D"), _unlabelled),
     Row("caf_oracle", Style("CAF (trained through the judge)", "#3f3f3f", "*"), _oracle),
     Row("caf_whole", Style("CAF (whole scenes)", "#8c5a3c", "8"), _whole),
     Row("caf", Style("CAF", "#d55e00", "o"), searched),
@@ -262,18 +276,25 @@ def in_order(names: Iterable[str]) -> list[str]:
 # %% ../nbs/lib/31_rows.ipynb #06056613
 class _Trainings(_Starts):
     "The search of a loss, and the training of a fusion network."
+    def _searching(self, task: Task, network: str) -> dict[str, Any]:
+        return dict(data=self.home(task), network=network, start=self.start(task), seed=self.seed, infra=self.infra,
+                    fusion_start=self.fusion_start(network), **self.task_network(task))
+
     def search(self, task: Task, network: str = "caf") -> Search:
         "The search of a network's loss for a task."
-        profile, data = self.profile, self.home(task)
-        return Search(data=data, settings=profile.search, network=network, vgg=self.vgg, start=self.start(task),
-                      fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra,
-                      **self.task_network(task))
+        return Search(settings=self.profile.search, vgg=self.vgg, **self._searching(task, network))
+
+    def pixels(self, task: Task, network: str = "caf", searched: bool = True) -> SearchPixels:
+        "The search of TDFusion's loss for a task, whose step of theta is scale-free as theirs; or equal weights."
+        own = {"lr_alpha": 0.002, "scale_free": True}
+        settings = self.profile.search.model_copy(update=own) if searched else None
+        return SearchPixels(settings=settings, **self._searching(task, network))
 
     def train(self, task: Task, loss: Loss, network: str = "caf") -> TrainFusion:
         "The training of a network with a loss, for rows that are scored on a task."
         settings, data = None if isinstance(loss, Published) else self.profile.fusion, self.home(task)
         if self.profile.fusion_scenes == "loss":
-            data = loss.data if isinstance(loss, Search) else self.home("detection")
+            data = loss.data if isinstance(loss, (Search, SearchPixels)) else self.home("detection")
         return TrainFusion(data=fusion_blocks(data) or data, loss=loss, settings=settings, network=network,
                            fusion_start=self.fusion_start(network), seed=self.seed, infra=self.infra)
 

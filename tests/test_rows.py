@@ -67,7 +67,7 @@ TABLES = [table1, table2, table3]
 OF_ROW = {"joint": ("kind", "data", "lr_task", "weight", "detector", "segmenter", "start"), "whole": ("settings.crop",),
           "oracle": ("kind", "data", "lr_task", "weight", "detector", "segmenter", "start", "settings.epochs", "settings.lr"),
           "warm": ("loss.settings.warmup_fusion",), "adam": ("loss.settings.warmup_fusion", "loss.settings.unrolled_by"),
-          "steady": ("loss.settings.val_batch_size",), "swapped": ("loss.data", "loss.detector", "loss.segmenter", "loss.start")}
+          "unlabelled": ("loss.settings", "loss.labels"), "pixels": ("loss.settings",), "pixels_a": ("loss.settings",), "steady": ("loss.settings.val_batch_size",), "swapped": ("loss.data", "loss.detector", "loss.segmenter", "loss.start")}
 
 
 def flat(value, name: str = "") -> dict[str, object]:
@@ -80,7 +80,8 @@ def how(row: str) -> tuple[str, str, str]:
     "What the name of a row says: network, loss, and a change of either."
     network, _, suffix = row.partition("_")
     own = {"caf": "searched"}.get(network, "source" if network in ("ir", "vi", "mean") else "own")
-    loss = {"": own, "p": "searched", "h": "given", "r": "given", "a": "given", "oracle": "given", "effects": "effects", "evolved": "evolved"}.get(suffix, "searched")
+    loss = {"": own, "p": "searched", "h": "given", "r": "given", "a": "given", "oracle": "given", "effects": "effects", "evolved": "evolved",
+            "pixels": "pixels", "pixels_a": "pixels"}.get(suffix, "searched")
     return network, loss, suffix
 
 

@@ -32,8 +32,7 @@ from ..core import CafError, optional, tqdm
 from ..losses import TERM_TABLE, TERMS, moved_share
 from ..paper import paper_table
 from caf_nb.rows import (
-    Cell, ROWS, Setup, Task, by_adam, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, steady,
-    warm,
+    Cell, ROWS, Setup, Task, cell, cell_file, elsewhere, in_order, left_out, read_cell, row_style, warm,
 )
 from ..stages import Search, is_frozen
 
@@ -113,10 +112,9 @@ def searches(setup: Setup, claims: Sequence[Claim] = CLAIMS) -> dict[str, Search
     tasks = setup.tasks
     def of(row): return [task for task in tasks if task in {_TASK[d] for d, r in needed(claims) if r == row}]
     plain = tasks if {"caf", "caf_swapped", "caf_joint", "caf_whole"} & {row for _, row in needed(claims)} else []
-    return ({str(task): setup.search(task) for task in plain}
-            | {f"{task}_steady": steady(setup).search(task) for task in of("caf_steady")}
-            | {f"{task}_warm": warm(setup).search(task) for task in of("caf_warm")}
-            | {f"{task}_adam": by_adam(setup).search(task) for task in of("caf_adam")})
+    others: Any = {f"{task}_{name}": setup.model(task, f"caf_{name}")
+                   for name in ("steady", "warm", "adam", "unlabelled") for task in of(f"caf_{name}")}
+    return {str(task): setup.search(task) for task in plain} | {name: model.loss for name, model in others.items()}
 
 # %% ../../nbs/lib/32_study.ipynb #e4a442ec
 def _stages(setup: Setup, claims: Sequence[Claim]) -> dict[tuple[str, str], Any]:
@@ -479,6 +477,12 @@ REMEDIES = (
           _compared([("caf_effects", row) for row in ("caf_a", "caf")])),
     Claim("CMA-ES", "Weights that an evolution finds, a training a candidate, beat average weights and the search.",
           _compared([("caf_evolved", row) for row in ("caf_a", "caf")], "mfnet")),
+    Claim("Weights of pixels", "With a searched weight for every pixel, TDFusion's loss beats the same loss with equal "
+          "ones, and average and searched weights of the fifteen terms.",
+          _compared([("caf_pixels", row) for row in ("caf_pixels_a", "caf_a", "caf_warm")])),
+    Claim("Labels", "A loss that is searched for the task, from a trained network, beats one that is searched without "
+          "labels, and that one average weights.",
+          _compared([("caf_warm", "caf_unlabelled"), ("caf_unlabelled", "caf_a")], "mfnet")),
 )
 
 def head_room(found: Found, # of `HEAD_ROOM`

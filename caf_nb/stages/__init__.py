@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Picture', 'Start', 'Loss', 'CheckedInfra', 'parse_execution', 'compute', 'levels', 'PretrainedWeights', 'Weights',
            'bundled_weights', 'source_in_turn', 'form_in_turn', 'Pretrain', 'is_frozen', 'Searched', 'vgg_of', 'Search',
-           'Weighted', 'Published', 'TermEffects', 'Directions', 'ByEffects', 'ByEvolution', 'Trained', 'TrainFusion',
-           'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results', 'few_names', 'FuseDataset',
-           'FinetuneDetector', 'FinetuneSegmenter', 'Arm', 'Judged', 'JudgeForms', 'ReadForms', 'MeasureFusion']
+           'PixelWeights', 'SearchPixels', 'Weighted', 'Published', 'TermEffects', 'Directions', 'ByEffects',
+           'ByEvolution', 'Trained', 'TrainFusion', 'TrainJoint', 'Method', 'weights_file', 'has_pictures', 'Results',
+           'few_names', 'FuseDataset', 'FinetuneDetector', 'FinetuneSegmenter', 'Arm', 'Judged', 'JudgeForms',
+           'ReadForms', 'MeasureFusion']
 
 # %% ../../nbs/lib/29_stages.ipynb #dc6e39f6
 import hashlib
@@ -41,9 +42,11 @@ from ..data import Batch, Scene, collate, luma, read_image, read_split, recolor_
 from ..fusion import bundled, find_weights, fuse, load_fusion
 from ..losses import LossSpace, TERM_TABLE, TERMS, Variant
 from ..metrics import measure
-from ..search import hypergradient, search, task_loss
+from ..search import PixelLoss, hypergradient, search, search_pixels, task_loss
 from .sources import BlockData, Data, SPLITS, SplitName, in_memory
-from ..tasks import AnchorDetector, Detector, EspNet, Filled, Segmenter, filled_boxes, find_detector
+from caf_nb.tasks import (
+    AnchorDetector, Detector, EspNet, Filled, Reconstructor, Segmenter, filled_boxes, find_detector,
+)
 from caf_nb.train import (
     DetectorResult, MaskFolder, SegmenterResult, average_precision, caf_recipe, evaluate_detector, evaluate_segmenter,
     finetune_detector, finetune_segmenter, matched_boxes, train_fusion, train_joint, write_mask_folder,
@@ -385,40 +388,54 @@ def _initial(stage: Any) -> str:
     "What it starts from."
     return stage.fusion_start.run().provenance if stage.fusion_start else f"random (seed {stage.seed})"
 
-def _search(stage: "Search") -> Searched:
-    "Algorithm 1 with the settings of a stage."
-    start, vgg, where = time.perf_counter(), vgg_of(stage), device()
-    task = _task_network(stage.data, _only_one(stage.detector, stage.segmenter), stage.start, stage.seed)
-    net, space = _initial_network(stage).to(where), LossSpace(stage.variant, vgg).to(where)
-    train, val = in_memory(stage.data.split("train")), in_memory(stage.data.split("val"))
-    found = search(net, task.to(where), space, train, val, stage.settings, stage.seed,
-                   folder=_optional_folder(stage.infra, "search"), save_every=10)
-    about = {"loss": f"searched, variant {stage.variant}, {len(found.history)} steps of {stage.network}",
-             "VGG of terms n, o": vgg.pretrained,
-             "task network of the search": f"{task.model} from {task.provenance}",
-             "search seconds": f"{time.perf_counter() - start:.0f}"}
-    if stage.fusion_start: about["fusion network of the search"] = f"{stage.network} from {_initial(stage)}"
-    return Searched(dict(zip(TERMS, found.beta.tolist())), found.history, about)
 
 # %% ../../nbs/lib/29_stages.ipynb #10741e07
-class Search(BaseModel):
-    "Search the loss for a task on the training and validation split."
+class _Searching(BaseModel):
+    "What a search for a task reads, on the training and validation split."
     model_config = ConfigDict(extra="forbid")
-    kind: Literal["searched"] = "searched"
     data: Data
-    settings: SearchSettings
     detector: DetectorSettings | None = None         # one of the two says what the images are for
     segmenter: SegmenterSettings | None = None
     network: str = "caf"                             # a method, whose network is trained by the search
-    variant: Literal["paper", "released"] | Variant = "paper"
-    vgg: str | Weights = "random"
     start: Start = Field(None, discriminator="kind") # of the task network
     fusion_start: Weights | None = None              # of the fusion network; None: random initialisation
     seed: int = 0
+
+    def task(self) -> Any:
+        return _task_network(self.data, _only_one(self.detector, self.segmenter), self.start, self.seed)
+
+    def players(self) -> tuple[nn.Module, Any, Sequence[Scene], Sequence[Scene]]:
+        "Fusion network, task network, training and validation scenes, as `search` takes them."
+        task = self.task()
+        train, val = (in_memory(self.data.split(part)) for part in ("train", "val"))
+        return _initial_network(self).to(device()), task.to(device()), train, val
+
+    def about(self, task: Any, start: float) -> dict[str, str]:
+        about = {"task network of the search": f"{task.model} from {task.provenance}",
+                 "search seconds": f"{time.perf_counter() - start:.0f}"}
+        if not self.fusion_start: return about
+        return about | {"fusion network of the search": f"{self.network} from {_initial(self)}"}
+
+class Search(_Searching):
+    "Search the loss for a task on the training and validation split."
+    kind: Literal["searched"] = "searched"
+    settings: SearchSettings
+    labels: bool = True                              # False: the task is to read both sources from the fused image
+    variant: Literal["paper", "released"] | Variant = "paper"
+    vgg: str | Weights = "random"
     infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
 
     @infra.apply
-    def run(self) -> Searched: return _search(self)
+    def run(self) -> Searched:
+        start, vgg, (net, task, train, val) = time.perf_counter(), vgg_of(self), self.players()
+        space = LossSpace(self.variant, vgg).to(device())
+        found = search(net, task, space, train, val, self.settings, self.seed,
+                       folder=_optional_folder(self.infra, "search"), save_every=10)
+        about = {"loss": f"searched, variant {self.variant}, {len(found.history)} steps of {self.network}",
+                 "VGG of terms n, o": vgg.pretrained}
+        return Searched(dict(zip(TERMS, found.beta.tolist())), found.history, about | self.about(task, start))
+
+    def task(self) -> Any: return super().task() if self.labels else Reconstructor(self.seed)
 
     def scores(self) -> dict[str, float]:
         """The weight of each term; `cosine`, the mean similarity of successive hypergradients, each of its own batches;
@@ -433,6 +450,30 @@ class Search(BaseModel):
         return found.beta | {"cosine": found.history.cosine.mean()} | losses | own
 
     def provenance(self) -> dict[str, str]: return _provenance(self, self.run().provenance)
+
+# %% ../../nbs/lib/29_stages.ipynb #43427b19
+class PixelWeights(NamedTuple):
+    "The loss of TDFusion, searched or not."
+    theta: Tensor               # (P,) for `PixelLoss`
+    history: pd.DataFrame       # one row per step
+    provenance: dict[str, str]
+
+class SearchPixels(_Searching):
+    "Search the weights of `PixelLoss` for a task."
+    kind: Literal["pixels"] = "pixels"
+    settings: SearchSettings | None = None           # None: equal weights
+    infra: CheckedInfra = CheckedInfra(version="1", mode="retry")
+
+    @infra.apply
+    def run(self) -> PixelWeights:
+        if not self.settings:
+            return PixelWeights(PixelLoss().start(), pd.DataFrame(), {"loss": "TDFusion's, equal weights"})
+        start, (net, task, train, val) = time.perf_counter(), self.players()
+        theta, history = search_pixels(net, task, train, val, self.settings, self.seed)
+        share = torch.cat([PixelLoss().share(x.ir[None], luma(x.vi[None]), theta).flatten() for x in val])
+        about = {"loss": f"TDFusion's, weights of pixels searched, {len(history)} steps of {self.network}",
+                 "weight of ir on the validation scenes": f"{share.mean():.3f}, standard deviation {share.std():.3f}"}
+        return PixelWeights(theta, history, about | self.about(task, start))
 
 # %% ../../nbs/lib/29_stages.ipynb #51d3902e
 class Weighted(BaseModel):
@@ -601,7 +642,7 @@ class ByEvolution(_Trials):
         return Searched(dict(zip(TERMS, beta)), pd.DataFrame(rows), about)
 
 # %% ../../nbs/lib/29_stages.ipynb #024e83e2
-Loss = Search | Weighted | ByEffects | ByEvolution | Published
+Loss = Search | SearchPixels | Weighted | ByEffects | ByEvolution | Published
 
 class Trained(NamedTuple):
     "A trained fusion network."
@@ -675,8 +716,12 @@ def _recipe(stage: TrainFusion) -> tuple[Recipe | tuple[Recipe, ...], dict[str, 
     if isinstance(stage.loss, Published):
         shorter = ", cut short" if stage.loss.model_dump(exclude={"kind"}, exclude_none=True) else ""
         return stage.loss.recipe(stage.network), {"loss": f"of {stage.network}'s authors{shorter}"}
+    settings = cast(FusionSettings, stage.settings)
+    if isinstance(stage.loss, SearchPixels):
+        pixels = stage.loss.run()
+        return caf_recipe(PixelLoss(), pixels.theta, settings), pixels.provenance
     found, space = stage.loss.run(), LossSpace(stage.loss.variant, vgg_of(stage.loss))
-    return caf_recipe(space, _beta(found), cast(FusionSettings, stage.settings)), found.provenance
+    return caf_recipe(space, _beta(found), settings), found.provenance
 
 # %% ../../nbs/lib/29_stages.ipynb #5ebe90ce
 class TrainJoint(_FusionTraining):
