@@ -263,7 +263,7 @@ def test_masks(tmp_path):
 
 
 def test_a_picture_of_the_same_size_is_noticed(tmp_path):
-    "Taken out: the content in `_mark`. Then the fingerprint stayed."
+    "Taken out: the content in `file_mark`. Then the fingerprint stayed."
     archives(tmp_path)
     root = tmp_path / "archives/latin1"
     for file in sorted((root / "Ir").iterdir()): Image.open(file).save(file.with_suffix(".bmp")), file.unlink()

@@ -405,8 +405,9 @@ def read_real(folder: str | Path) -> RealPairs:
         return {tuple(file.stem.split("-")): Cell.model_validate_json(file.read_text(encoding="utf-8"))
                 for file in sorted(Path(folder).glob(f"cells/{kind}-*.json"))}
     judged = {(judge, fold, seed): cell for (_, judge, fold, seed), cell in cells("judge").items()}
-    own = {(form, fold, seed): cell for (_, form, fold, seed), cell in cells("own").items()}
-    scores = pd.concat([_form_scores(judged), _form_scores(own).assign(judge="yolov5n, own")], ignore_index=True)
+    own = [_form_scores({(f"{cell.configuration['settings']['model']}, own", fold, seed): cell})
+           for (_, _, fold, seed), cell in cells("own").items()]
+    scores = pd.concat([_form_scores(judged), *own], ignore_index=True)
     arms = {(judge, fold, fold): cell for (_, judge, fold), cell in cells("arms").items()}
     searched = {(kind, row, int(fold)): cell for (kind, row, fold), cell in cells("search").items()}
     measured = pd.concat(frames) if frames else pd.DataFrame()

@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import product, tee
 from operator import itemgetter
 from pathlib import Path
@@ -43,7 +44,7 @@ from ..fusion import bundled, find_weights, fuse, load_fusion
 from ..losses import LossSpace, TERM_TABLE, TERMS, Variant
 from ..metrics import measure
 from ..search import PixelLoss, hypergradient, search, search_pixels, task_loss
-from .sources import BlockData, Data, SPLITS, SplitName, in_memory
+from .sources import BlockData, Data, SPLITS, SplitName, file_mark, in_memory
 from caf_nb.tasks import (
     AnchorDetector, Detector, EspNet, Filled, Reconstructor, Segmenter, filled_boxes, find_detector,
 )
@@ -228,10 +229,13 @@ def _provenance(stage: Any, *parts: dict[str, str]) -> dict[str, str]:
     return {name: value for part in parts for name, value in part.items()} | {"stage": stage.infra.uid()}
 
 # %% ../../nbs/lib/29_stages.ipynb #8a43fb71
+@lru_cache(maxsize=None)
+def _known_mark(path: Path, size: int, changed: int) -> str: return file_mark(path) # read once while it stays as it is
+
 def _fingerprint(folder: Path, pattern: str) -> str:
-    "Changes with the name, size or time of any of these files below `folder`."
-    files = [(p.relative_to(folder).as_posix(), p.stat()) for p in sorted(folder.glob(pattern)) if p.is_file()]
-    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    "Changes with the name or content of any of these files below `folder`; a copy elsewhere has the same."
+    files = [(p, p.stat()) for p in sorted(folder.glob(pattern)) if p.is_file()]
+    facts = [(p.relative_to(folder).as_posix(), _known_mark(p, stat.st_size, stat.st_mtime_ns)) for p, stat in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 class PretrainedWeights(NamedTuple):
