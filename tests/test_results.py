@@ -12,6 +12,7 @@ from caf_nb.report import compare, show_table
 from caf_nb.stages.sources import Data
 from caf_nb.report.study import (
     CLAIMS, CONTROLS, HEAD_ROOM, REMEDIES, agreement, compare_forms, compare_pictures, crossed_scores, decide_rows, finished, head_room, measure_effects, read_real,
+    compare_options, try_options,
 )
 from caf_nb.rows import Setup, cell_file, cells, read_cell, scores, table1, table2, table3
 from cells import run_cells
@@ -76,9 +77,13 @@ def test_decisions_follow_from_their_cells():
     crossed = crossed_scores(setup, frozen.seeds[:4], frozen.pilot[:2], frozen.pilot[:2], folder / "cells", run=False)
     names = {cell_file(folder, *key).name for key in found | tried | room}
     names |= {f"{kind}-{task}-{seed}.json" for kind in ("effects", "directions") for task, seed in effects}
+    options = try_options(setup, frozen.pilot, folder / "cells", run=False)
+    names |= {cell_file(folder, *key).name for key in options}
     names |= {f"crossed-{r.task}-{r.search}-{r.fusion}-{r.test}.json" for r in crossed.itertuples()}
     assert names == {path.name for path in folder.glob("cells/*.json")}
-    for name, made in (("claims", decide_rows(found, asked, frozen.looks)), ("gates", agreement(effects).reset_index())):
+    for name, made in (("claims", decide_rows(found, asked, frozen.looks)), ("gates", agreement(effects).reset_index()),
+                       ("controls", pd.concat([decide_rows(found | tried, [claim], frozen.looks) for claim in REMEDIES], ignore_index=True)),
+                       ("options", compare_options(options, effects).reset_index())):
         pd.testing.assert_frame_equal(made, pd.read_csv(folder / f"{name}.csv"), check_dtype=False, atol=1e-9)
     assert head_room(room).seeds.min() >= 3
 

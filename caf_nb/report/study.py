@@ -545,10 +545,15 @@ def plot_agreement(cells: Mapping[tuple[str, int], Cell], kind: str = "one step"
         for ax, x, y in ((left, true.iloc[::2].mean(), true.iloc[1::2].mean()), (right, slope, true.mean())):
             ax.axhline(0, color="#949494", lw=0.6)
             ax.axvline(0, color="#949494", lw=0.6)
-            for term in TERM_TABLE: ax.annotate(term.letter, (x[term.name], y[term.name]), color=_COLOURS[task])
-            ax.plot(x, y, ".", ms=2, color=_COLOURS[task])
+            order = {name: i for i, name in enumerate(x.sort_values().index)}  # neighbours above and below
+            for term in TERM_TABLE:
+                ax.annotate(term.letter, (x[term.name], y[term.name]), (0, 4 if order[term.name] % 2 else -4), ha="center",
+                            textcoords="offset points", va="bottom" if order[term.name] % 2 else "top", fontsize=7)
+            ax.plot(x, y, ".", ms=4, color=_COLOURS[task])
+            ax.margins(0.12)
         left.set(title=f"{task}: effect on the task loss", xlabel="one half of the seeds", ylabel="the other half")
         right.set(title=f"{task}: {kind}", xlabel="hypergradient", ylabel="effect on the task loss")
+        for ax in (left, right): ax.title.set_fontsize(8)
         right.ticklabel_format(axis="x", scilimits=(-2, 2))
     return list(axes.flat)
 
