@@ -276,19 +276,19 @@ def in_order(names: Iterable[str]) -> list[str]:
 # %% ../nbs/lib/31_rows.ipynb #06056613
 class _Trainings(_Starts):
     "The search of a loss, and the training of a fusion network."
-    def _searching(self, task: Task, network: str) -> dict[str, Any]:
+    def _of_task(self, task: Task, network: str) -> dict[str, Any]:
         return dict(data=self.home(task), network=network, start=self.start(task), seed=self.seed, infra=self.infra,
                     fusion_start=self.fusion_start(network), **self.task_network(task))
 
     def search(self, task: Task, network: str = "caf") -> Search:
         "The search of a network's loss for a task."
-        return Search(settings=self.profile.search, vgg=self.vgg, **self._searching(task, network))
+        return Search(settings=self.profile.search, vgg=self.vgg, **self._of_task(task, network))
 
     def pixels(self, task: Task, network: str = "caf", searched: bool = True) -> SearchPixels:
         "The search of TDFusion's loss for a task, whose step of theta is scale-free as theirs; or equal weights."
         own = {"lr_alpha": 0.002, "scale_free": True}
         settings = self.profile.search.model_copy(update=own) if searched else None
-        return SearchPixels(settings=settings, **self._searching(task, network))
+        return SearchPixels(settings=settings, **self._of_task(task, network))
 
     def train(self, task: Task, loss: Loss, network: str = "caf") -> TrainFusion:
         "The training of a network with a loss, for rows that are scored on a task."
@@ -320,9 +320,8 @@ class Setup(_Trainings):
         return FuseDataset(data=self.data(dataset, task), model=self.model(task, row), splits=splits, infra=self.infra)
 
     def _trials(self, task: Task) -> dict[str, Any]:
-        return dict(data=self.home(task), training=self.home("detection"), settings=self.profile.fusion, vgg=self.vgg,
-                    start=self.start(task), fusion_start=self.fusion_start("caf"), seed=self.seed, infra=self.infra,
-                    **self.task_network(task))
+        return self._of_task(task, "caf") | {"training": self.home("detection"), "settings": self.profile.fusion,
+                                             "vgg": self.vgg}
 
     def effects(self, task: Task) -> TermEffects:
         "The stage that measures what each term does to a task."

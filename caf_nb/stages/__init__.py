@@ -394,13 +394,13 @@ def _initial(stage: Any) -> str:
 
 
 # %% ../../nbs/lib/29_stages.ipynb #10741e07
-class _Searching(BaseModel):
-    "What a search for a task reads, on the training and validation split."
+class _OfTask(BaseModel):
+    "A fusion network, and the task network that looks at its images."
     model_config = ConfigDict(extra="forbid")
-    data: Data
+    data: Data                                       # labelled
     detector: DetectorSettings | None = None         # one of the two says what the images are for
     segmenter: SegmenterSettings | None = None
-    network: str = "caf"                             # a method, whose network is trained by the search
+    network: str = "caf"                             # a method, whose network is trained
     start: Start = Field(None, discriminator="kind") # of the task network
     fusion_start: Weights | None = None              # of the fusion network; None: random initialisation
     seed: int = 0
@@ -408,6 +408,8 @@ class _Searching(BaseModel):
     def task(self) -> Any:
         return _task_network(self.data, _only_one(self.detector, self.segmenter), self.start, self.seed)
 
+class _Searching(_OfTask):
+    "What a search for a task reads, on the training and validation split."
     def players(self) -> tuple[nn.Module, Any, Sequence[Scene], Sequence[Scene]]:
         "Fusion network, task network, training and validation scenes, as `search` takes them."
         task = self.task()
@@ -515,24 +517,16 @@ class Published(BaseModel):
         raise CafError(f"method {network!r} has no published recipe", remedy="Give it a searched or a weighted loss")
 
 # %% ../../nbs/lib/29_stages.ipynb #0c9c9410
-class _Trials(BaseModel):
+class _Trials(_OfTask):
     "Trainings whose fusion networks a frozen task network reads."
-    model_config = ConfigDict(extra="forbid")
-    data: Data                                       # labelled, of the task network
     training: Data                                   # of the fusion network; any task's
     settings: FusionSettings
-    detector: DetectorSettings | None = None         # one of the two
-    segmenter: SegmenterSettings | None = None
-    network: str = "caf"
     vgg: str | Weights = "random"
-    start: Start = Field(None, discriminator="kind") # of the task network
-    fusion_start: Weights | None = None
     push: float = 1.2                                # of a logit
-    seed: int = 0
 
     def judge(self) -> Any:
         "The frozen task network."
-        return _task_network(self.data, _only_one(self.detector, self.segmenter), self.start, self.seed).to(device())
+        return self.task().to(device())
 
     def training_with(self, logits: Sequence[float]) -> "TrainFusion": # in the order of TERMS
         beta, infra = tuple(torch.tensor(logits).softmax(0).tolist()), cast(Any, self).infra
