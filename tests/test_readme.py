@@ -42,7 +42,8 @@ def test_decisions_in_results():
     "What the section Results says of profile frozen is what results/frozen holds."
     section, folder = README.split("## Results")[1].split("\n## ")[0], ROOT / "results/frozen"
     claims, controls = (pd.read_csv(folder / f"{name}.csv").set_index(["claim", "against", "metric"]) for name in ("claims", "controls"))
-    for table, key in ((claims, ("C1", "caf_a", "mAP@.5:.95")), (claims, ("C2", "caf_a", "mIoU")), (controls, ("Warm-up", "caf_a", "mIoU")), (controls, ("Adam's step", "caf_a", "mAP@.5:.95"))):
+    for table, key in ((claims, ("C1", "caf_a", "mAP@.5:.95")), (claims, ("C2", "caf_a", "mIoU")), (controls, ("Warm-up", "caf_a", "mIoU")), (controls, ("Adam's step", "caf_a", "mAP@.5:.95")),
+                       (controls, ("Weights of pixels", "caf_warm", "mIoU")), (controls, ("Labels", "caf_unlabelled", "mIoU"))):
         row = table.loc[key]
         assert f"{row.effect:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" in section
     gates = pd.read_csv(folder / "gates.csv").set_index("task")
