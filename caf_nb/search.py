@@ -170,7 +170,7 @@ def _update_beta(p: _Players, targets: Any, batch: Batch) -> dict[str, float]:
     norm = found.norm()
     check_finite(norm, "the hypergradient", len(p.rows))
     cosine = torch.cosine_similarity(found, p.last, dim=0, eps=0).item()  # nan at the first step
-    p.alpha.grad, p.last = found / norm if s.scale_free else found, found
+    p.alpha.grad, p.last = found / norm if s.scale_free and norm > 0 else found, found
     p.by_alpha.step()
     return {"val_loss": losses[-1].item(), "norm": norm.item(), "cosine": cosine,
             "epsilon_share": _epsilon_share(p.by_alpha, p.alpha)}

@@ -678,7 +678,6 @@ def try_options(setup: Setup,           # of any seed, with frozen judges
         found |= {key: value for key, value in cells.items() if value}
     return found
 
-
 # %% ../../nbs/lib/32_study.ipynb #52e85419
 _CHOSEN = {"best of restarts": ("warmed-up", "restart-1", "restart-2"), "best of all": tuple(_OPTIONS)}
 
@@ -697,7 +696,6 @@ def compare_options(found: Found,                             # of `try_options`
     table = pd.DataFrame.from_dict(gains, orient="index", columns=list(Effect._fields)).rename_axis("option")
     follows = follow_effects(weights(found), effects)
     return table.assign(follows=[follows.get(f"{task}_{name}", math.nan) for name in table.index])
-
 
 # %% ../../nbs/lib/32_study.ipynb #09ae9075
 def diagnose(found: Found) -> pd.DataFrame: # index question; one column per search

@@ -230,7 +230,9 @@ def _provenance(stage: Any, *parts: dict[str, str]) -> dict[str, str]:
 
 # %% ../../nbs/lib/29_stages.ipynb #8a43fb71
 @lru_cache(maxsize=None)
-def _known_mark(path: Path, size: int, changed: int) -> str: return file_mark(path) # read once while it stays as it is
+def _known_mark(path: Path, size: int, changed: int) -> str: # read once while it stays as it is
+    try: return file_mark(path)
+    except OSError as error: raise CafError(f"cannot be read ({error.strerror})", path, "Check the path") from None
 
 def _fingerprint(folder: Path, pattern: str) -> str:
     "Changes with the name or content of any of these files below `folder`; a copy elsewhere has the same."
