@@ -346,8 +346,8 @@ def search_pixels(net: nn.Module,           # fusion network, changed in place, 
         def pair(batch): return _Pair(batch.ir, luma(batch.vi))
         for _ in range(settings.warmup_fusion): _descend_pixels(p, pair(p.batch(2)))
         for _ in tqdm(range(settings.epochs * p.orders[0].steps), desc="search", disable=not progress):
-            batch = p.batch(0)
-            row = {"task_loss": _step_task(p, batch), "fusion_loss": _descend_pixels(p, pair(batch))}
-            p.rows.append(row | _update_beta(p, pair(batch), p.batch(1)))
+            seen = pair(batch := p.batch(0))
+            row = {"task_loss": _step_task(p, batch), "fusion_loss": _descend_pixels(p, seen)}
+            p.rows.append(row | _update_beta(p, seen, p.batch(1)))
     net.eval()
     return p.alpha.detach().cpu(), pd.DataFrame(p.rows)

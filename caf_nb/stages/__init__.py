@@ -474,11 +474,11 @@ class SearchPixels(_Searching):
 
     @infra.apply
     def run(self) -> PixelWeights:
-        if not self.settings:
-            return PixelWeights(PixelLoss().start(), pd.DataFrame(), {"loss": "TDFusion's, equal weights"})
+        space = PixelLoss()
+        if not self.settings: return PixelWeights(space.start(), pd.DataFrame(), {"loss": "TDFusion's, equal weights"})
         start, (net, task, train, val) = time.perf_counter(), self.players()
         theta, history = search_pixels(net, task, train, val, self.settings, self.seed)
-        share = torch.cat([PixelLoss().share(x.ir[None], luma(x.vi[None]), theta).flatten() for x in val])
+        share = torch.cat([space.share(x.ir[None], luma(x.vi[None]), theta).flatten() for x in val])
         about = {"loss": f"TDFusion's, weights of pixels searched, {len(history)} steps of {self.network}",
                  "weight of ir on the validation scenes": f"{share.mean():.3f}, standard deviation {share.std():.3f}"}
         return PixelWeights(theta, history, about | self.about(task, start))
